@@ -1,0 +1,197 @@
+"""Where the student's samples come from: token ids in, token ids out.
+
+An engine knows a model and its sampling settings; it knows no tokenizer, no teacher and no loss. Two engines share one protocol:
+`ContinuousBatching` (the transformers scheduler with a paged cache: no padding, finished requests make room for waiting ones) and
+`StaticBatching` (plain `generate` on left-padded batches, for models or devices that the first does not serve).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+try:
+    from transformers import ContinuousBatchingConfig
+except ImportError:  # early 5.x: its continuous batching has another interface, static batches serve
+    ContinuousBatchingConfig = None
+
+ENGINES = ("auto", "continuous", "static")
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response. `token_ids` ends with the end-of-turn token exactly when `finish_reason` is "stop"."""
+
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. `end_ids`: every token id that ends a response; `pad_id`: fills padded batches, never returned."""
+
+    end_ids: tuple[int, ...]
+    pad_id: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.end_ids:
+            raise ValueError("end_ids is empty: expected at least one token id that ends a response")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: expected at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}: expected 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: expected a number in (0, 1]")
+
+    def generation_config(self) -> GenerationConfig:
+        greedy = self.temperature == 0
+        return GenerationConfig(
+            do_sample=not greedy,
+            temperature=None if greedy else self.temperature,
+            top_p=None if greedy else self.top_p,
+            top_k=None if greedy else 0,  # transformers' own default would cut to the 50 best
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=list(self.end_ids),
+            pad_token_id=self.pad_id,
+        )
+
+    def response(self, token_ids: Sequence[int]) -> Response:
+        """Cuts what a model generated after its first end-of-turn token."""
+        for position, token in enumerate(token_ids):
+            if token in self.end_ids:
+                return Response(list(token_ids[: position + 1]), "stop")
+        return Response(list(token_ids), "length")
+
+
+class RolloutEngine(Protocol):
+    def generate(self, prompts: list[list[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+        """One response to each prompt (token ids, at least one each), in order. The same arguments and weights give the same
+        responses on one machine."""
+
+
+class StaticBatching:
+    """`model.generate` on left-padded batches of at most `batch_size` prompts of like length."""
+
+    def __init__(self, model: PreTrainedModel, batch_size: int = 64) -> None:
+        self.model, self.batch_size = model, batch_size
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+        responses: list[Response | None] = [None] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        with sampling_mode(self.model, seed):
+            for start in range(0, len(order), self.batch_size):
+                chosen = order[start : start + self.batch_size]
+                width = max(len(prompts[i]) for i in chosen)
+                ids = torch.full((len(chosen), width), sampling.pad_id)
+                mask = torch.zeros_like(ids)
+                for row, i in enumerate(chosen):
+                    ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+                    mask[row, width - len(prompts[i]) :] = 1
+                output = self.model.generate(
+                    ids.to(self.model.device),
+                    attention_mask=mask.to(self.model.device),
+                    generation_config=sampling.generation_config(),
+                )
+                for row, i in enumerate(chosen):
+                    responses[i] = sampling.response(output[row, width:].tolist())
+        return responses
+
+
+class ContinuousBatching:
+    """transformers' continuous batching. `page_size`: tokens of a cache page."""
+
+    def __init__(self, model: PreTrainedModel, page_size: int = 64) -> None:
+        self.model, self.page_size = model, page_size
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+        if not prompts:
+            return []
+        with sampling_mode(self.model, seed), without_autocast(self.model), torch.no_grad():
+            manager = self.model.init_continuous_batching(
+                generation_config=sampling.generation_config(),
+                continuous_batching_config=self._cache_config(prompts, sampling, seed),
+            )
+            try:
+                # Queued before the thread starts: the scheduler then sees the same queue, and samples the same tokens, every time.
+                request_ids = manager.add_requests(prompts)
+                manager.start()
+                results = {}
+                while len(results) < len(prompts):
+                    result = manager.get_result(timeout=1)
+                    if result is None and not manager.is_running():
+                        break
+                    if result is not None and result.is_finished():
+                        results[result.request_id] = result
+            finally:
+                manager.stop(block=True)
+        failed = [
+            f"prompt {i}: {results[r].error if r in results else 'no answer'}"
+            for i, r in enumerate(request_ids)
+            if r not in results or results[r].error is not None
+        ]
+        if failed:
+            raise RuntimeError(f"{len(failed)} of {len(prompts)} rollouts failed, the first: {failed[0]}")
+        return [sampling.response(results[r].generated_tokens) for r in request_ids]
+
+    def _cache_config(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> ContinuousBatchingConfig:
+        if self.model.device.type != "cpu":
+            return ContinuousBatchingConfig(seed=seed)  # sizes its cache by the free device memory
+        pages = sum(-(-(len(p) + sampling.max_new_tokens) // self.page_size) + 1 for p in prompts)
+        prompt_tokens = max(256, max(map(len, prompts)))
+        return ContinuousBatchingConfig(
+            seed=seed, page_size=self.page_size, num_blocks=pages, max_batch_tokens=prompt_tokens, use_cuda_graph=False
+        )
+
+
+@contextmanager
+def sampling_mode(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Evaluation mode and a seed of its own; the caller's mode and random state come back afterwards."""
+    training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def without_autocast(model: PreTrainedModel) -> Iterator[None]:
+    """Takes off the autocast that accelerate wraps around a prepared model's forward: a paged cache has one dtype, the weights'."""
+    wrapped = model.__dict__.get("forward")
+    original = getattr(model, "_original_forward", None)
+    if wrapped is None or original is None:
+        yield
+        return
+    model.forward = original
+    try:
+        yield
+    finally:
+        model.forward = wrapped
+
+
+def make_engine(model: PreTrainedModel, engine: str = "auto") -> RolloutEngine:
+    """The engine of that name. "auto": continuous batching on an accelerator where the model supports it, else static batches.
+
+    On a CPU, static batches are the faster of the two (no launch overhead to hide, and paged attention copies its cache).
+    Raises ValueError for an unknown name, or for "continuous" with a model that transformers cannot serve so.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"rollout_engine is {engine!r}: expected one of {', '.join(ENGINES)}")
+    supported = ContinuousBatchingConfig is not None and not model._is_stateful and not model.config.is_encoder_decoder
+    if engine == "continuous" and not supported:
+        raise ValueError(
+            f"rollout_engine is 'continuous', but {type(model).__name__} or this transformers does not support it: "
+            "expected 'static'"
+        )
+    if engine == "continuous" or (engine == "auto" and supported and model.device.type != "cpu"):
+        return ContinuousBatching(model)
+    return StaticBatching(model)

@@ -1,0 +1,374 @@
+"""`SimCTTrainer`: cross-tokenizer on-policy distillation on `transformers.Trainer`.
+
+One optimiser step: the student samples a response to each prompt of the accumulated batch; the teacher's tokenizer spells the same
+text; the two are aligned by bytes; both models run over their own tokens, up to their last hidden states; the fused loss compares
+them and makes the gradient. Everything else (optimiser, schedule, checkpoints, logging, callbacks) is the Trainer's.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from simct.checks import check_disk_space, check_head, check_prompts, check_vocabulary, check_writable
+from simct.config import SimCTConfig
+from simct.hidden import PackedSequences, response_hidden_states
+from simct.metrics import PhaseTimer, Ratios, peak_memory_gb, ratio_with_standard_error
+from simct.pair import TokenizerPair
+from simct.prompts import prompt_of, render_prompt
+from simct.rollout import Sampling, make_engine
+from simct.samples import Samples, log_ratios
+from simct.teacher import LocalTeacher, load_model
+from simct_kernels import AlignedUnits, LMHead, candidate_mass, linear_simct_loss, token_statistics
+
+
+class SimCTTrainer(Trainer):
+    """Distils `teacher` into `model` on the student's own samples; the two may have different tokenizers.
+
+    Args:
+        model: the student, a path or hub name, or a causal language model.
+        teacher: a path or hub name, a causal language model, or a `LocalTeacher`.
+        args: `SimCTConfig`.
+        train_dataset, eval_dataset: records with a `prompt` (string or messages) or `messages`; a list of dicts or a
+            `datasets.Dataset`.
+        processing_class, teacher_processing_class: the tokenizers; loaded from the models' own names if not given.
+        peft_config: a PEFT configuration that the student is wrapped in.
+
+    Raises:
+        ValueError: before any long work, for a pair of tokenizers that cannot be paired, a model without a head or with a head that
+            does not cover its tokenizer, an empty data set or one without prompts, an option out of range.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the response tokens of the whole accumulated batch
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        teacher: str | PreTrainedModel | LocalTeacher,
+        args: SimCTConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config=None,
+        **kwargs,
+    ) -> None:
+        args = args if args is not None else SimCTConfig()
+        check_prompts("train_dataset", train_dataset)
+        for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+            check_prompts("eval_dataset", dataset)
+
+        check_writable(args.output_dir)
+
+        # Master weights in float32 unless the user says otherwise: at learning rates of 1e-6 bfloat16 weights would not move.
+        model = load_model(model, "student", **{"dtype": torch.float32, **(args.model_init_kwargs or {})})
+        processing_class = processing_class or AutoTokenizer.from_pretrained(model.name_or_path)
+        if not isinstance(teacher, LocalTeacher):
+            dtype = torch.float32 if args.device.type == "cpu" else torch.bfloat16
+            teacher = load_model(teacher, "teacher", **{"dtype": dtype, **(args.teacher_model_init_kwargs or {})})
+            teacher_processing_class = teacher_processing_class or AutoTokenizer.from_pretrained(teacher.name_or_path)
+            teacher = LocalTeacher(teacher, teacher_processing_class)
+        check_vocabulary(model, processing_class, "student")
+        if args.save_strategy != "no":
+            check_disk_space(args.output_dir, model)
+        check_head(model, "student")
+        self.teacher = teacher
+        self.pair = TokenizerPair(
+            processing_class,
+            teacher.tokenizer,
+            args.special_tokens,
+            alignment=args.alignment,
+            student_generation_config=model.generation_config,
+            teacher_generation_config=teacher.model.generation_config,
+        )
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,  # records stay records: prompts are rendered when they are sampled from
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        # On early 5.x, which does not know `loss_is_scaled_for_ga`, this with our token count says the same.
+        self.model_accepts_loss_kwargs = True
+        self.teacher.model.to(self.args.device)
+        self.pad_id = processing_class.pad_token_id if processing_class.pad_token_id is not None else 0
+        self.shared = self.pair.shared.to(self.args.device)
+        self.engine = make_engine(self.accelerator.unwrap_model(self.model), args.rollout_engine)
+        self.sampling = self._sampling(args.temperature, args.top_p)
+        self.ratios = Ratios()
+        self.phase = PhaseTimer(self.args.device)
+        self._start_window()
+
+    # ---- Rollouts: once per optimiser step, for all its micro-batches together ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict], Tensor | None]:
+        """Samples responses to the next `num_batches` batches of prompts. Returns the micro-batches and, over all
+        processes, the number of response tokens that normalises their loss."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return [], None
+        records = list(itertools.chain.from_iterable(batches))
+        # A function of the step alone, so that a resumed run draws what an uninterrupted one would have drawn.
+        seed = self.args.seed + 1_000_003 * (self.state.global_step + 1) + self.args.process_index
+        samples = self._sample(records, self.sampling, seed)
+        ends = itertools.accumulate(map(len, batches))
+        micro_batches = [
+            self._micro_batch(samples[end - len(batch) : end]) for batch, end in zip(batches, ends, strict=True)
+        ]
+        tokens = torch.tensor(sum(map(len, samples.student_responses)), device=device)
+        return micro_batches, self.accelerator.reduce(tokens, "sum")
+
+    def _sampling(self, temperature: float, top_p: float) -> Sampling:
+        return Sampling(self.pair.student_end_ids, self.pad_id, self.args.max_new_tokens, temperature, top_p)
+
+    def _sample(self, records: list[dict[str, Any]], sampling: Sampling, seed: int) -> Samples:
+        prompts = [prompt_of(record) for record in records]
+        student_prompts, teacher_prompts = (
+            [render_prompt(prompt, tokenizer, self.args.prompt_format) for prompt in prompts]
+            for tokenizer in (self.processing_class, self.teacher.tokenizer)
+        )
+        with self.phase("rollout"):
+            responses = self.engine.generate(student_prompts, sampling, seed=seed)
+        with self.phase("align"):
+            teacher_responses = self.pair.encode_teacher([response.token_ids for response in responses])
+        return Samples(student_prompts, teacher_prompts, responses, teacher_responses)
+
+    def _micro_batch(self, samples: Samples) -> dict[str, Any]:
+        with self.phase("align"):
+            alignment = self.pair.align_batch(
+                samples.student_responses, samples.teacher_responses, disjoint=self.args.candidates == "disjoint"
+            )
+            packed = PackedSequences.build(samples.student_prompts, samples.student_responses, self.pad_id)
+        # `input_ids` by that name: the Trainer counts tokens and floating-point operations with it.
+        return {"input_ids": packed.input_ids, "packed": packed, "alignment": alignment, "samples": samples}
+
+    # ---- The loss ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        with self.phase("student"):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ):
+        samples, alignment = inputs["samples"], inputs["alignment"]
+        with self.phase("teacher"):
+            teacher_hidden = self.teacher.hidden_states(samples.teacher_prompts, samples.teacher_responses)
+        student = self.accelerator.unwrap_model(model)
+        loss = forward_through(model, student, lambda: self._student_loss(student, inputs, teacher_hidden))
+        if num_items_in_batch is None:
+            num_items_in_batch = len(alignment.student_tokens)
+        # Data parallelism averages gradients over the processes; the loss is a sum over the global batch divided by its tokens.
+        loss = loss * self.accelerator.num_processes / max(int(num_items_in_batch), 1)
+        return (loss, None) if return_outputs else loss
+
+    def _student_loss(self, student: nn.Module, inputs: dict[str, Any], teacher_hidden: Tensor) -> Tensor:
+        device = self.args.device
+        student_hidden = response_hidden_states(student, inputs["packed"].to(device))
+        head = LMHead.from_model(student)
+        if torch.is_autocast_enabled(device.type):
+            student_hidden, head = under_autocast(student_hidden, head, torch.get_autocast_dtype(device.type))
+        units: AlignedUnits = inputs["alignment"].to(device)
+        if self.args.units == "single":
+            units = units.single()
+        with self.phase("loss"):
+            loss, unit_losses = linear_simct_loss(
+                student_hidden,
+                head,
+                teacher_hidden,
+                self.teacher.head,
+                units,
+                self.shared,
+                **self.args.loss_options(),
+                return_unit_losses=True,
+            )
+        self._record_units(inputs, units, unit_losses)
+        if self._logs_this_step():
+            with self.phase("metrics"):
+                self._record_statistics(inputs, units, student_hidden.detach(), head, teacher_hidden)
+        return loss
+
+    # ---- Metrics ----
+
+    def _logs_this_step(self) -> bool:
+        """Whether the statistics over the whole vocabulary are worth their time: only what is about to be logged is measured."""
+        step = self.state.global_step + 1
+        every = self.state.logging_steps
+        return (
+            self.args.logging_strategy != "steps" or step % every == 0 or (self.args.logging_first_step and step == 1)
+        )
+
+    def _record_units(self, inputs: dict[str, Any], units: AlignedUnits, unit_losses: Tensor) -> None:
+        samples, alignment = inputs["samples"], inputs["alignment"]
+        add, count = self.ratios.add, self.ratios.count
+        single = (units.student_length == 1) & (units.teacher_length == 1)
+        tokens, in_single = len(units.student_tokens), int(single.sum())
+        in_longer = int(units.student_length[~single].sum())
+        count("single units", in_single)
+        count("longer units", len(single) - in_single)
+        add("loss/single", unit_losses[single].sum(), per="single units")
+        add("loss/longer", unit_losses[~single].sum(), per="longer units")
+
+        count("tokens", tokens)
+        add("tokens/single", in_single, per="tokens")
+        add("tokens/longer", in_longer, per="tokens")
+        add("tokens/unsupervised", tokens - in_single - in_longer, per="tokens")
+        reasons = dict(alignment.dropped)
+        if self.args.units == "single":
+            reasons["longer_unit"] = tokens - in_single - sum(reasons.values())
+        for reason, lost in reasons.items():
+            add(f"unsupervised/{reason}", lost, per="tokens")
+
+        responses = samples.responses
+        ended = sum(response.finish_reason == "stop" for response in responses)
+        texts = [b"".join(p or b"" for p in self.pair.student_pieces(ids)) for ids in samples.student_responses]
+        count("responses", len(responses))
+        count("bytes", sum(map(len, texts)))
+        add("response/length", tokens, per="responses")
+        add("response/ended", ended, per="responses")
+        add("response/cut_off", len(responses) - ended, per="responses")
+        add("response/whitespace", sum(len(text) - len(b"".join(text.split())) for text in texts), per="bytes")
+
+        add("tokens_per_second/rollout", tokens, per="seconds/rollout")
+        teacher_tokens = sum(map(len, samples.teacher_prompts)) + len(units.teacher_tokens)
+        add("tokens_per_second/teacher", teacher_tokens, per="seconds/teacher")
+        add("tokens_per_second/student", inputs["packed"].attention_mask.sum(), per="seconds/student+loss")
+
+    @torch.no_grad()
+    def _record_statistics(
+        self, inputs: dict[str, Any], units: AlignedUnits, student_hidden: Tensor, head: LMHead, teacher_hidden: Tensor
+    ) -> None:
+        student = token_statistics(student_hidden, head, units.student_tokens)
+        teacher = token_statistics(teacher_hidden, self.teacher.head, units.teacher_tokens)
+        self.ratios.count("measured tokens", len(student.entropy))
+        self.ratios.add("response/entropy", student.entropy.sum(), per="measured tokens")
+        mass = candidate_mass(teacher_hidden, self.teacher.head, units, self.shared, score=self.args.score)
+        self.ratios.count("measured units", len(mass))
+        self.ratios.add("teacher_mass", mass.sum(), per="measured units")
+        ratios, lengths = log_ratios(self.pair, inputs["samples"], student.logprob, teacher.logprob)
+        self.ratios.count("measured bytes", sum(lengths))
+        self.ratios.add("reverse_kl_per_byte", sum(ratios), per="measured bytes")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training log; evaluation and the end of a run log other keys
+            self._record_time()
+            logs.update(self.ratios.flush(self.accelerator))
+            logs["peak_memory_gb"] = peak_memory_gb(self.args.device)
+        super().log(logs, start_time)
+
+    def _record_time(self) -> None:
+        """Seconds of each phase per optimiser step; tokens per second are those of one process."""
+        seconds = self.phase.flush()
+        elapsed = time.perf_counter() - self._window_start
+        self.ratios.count("steps", self.state.global_step - self._window_step)
+        for name, value in {**seconds, "other": elapsed - sum(seconds.values())}.items():
+            self.ratios.count(f"seconds/{name}", value)
+            self.ratios.add(f"seconds/{name}", value, per="steps")
+        self.ratios.count("seconds/student+loss", seconds.get("student", 0.0) + seconds.get("loss", 0.0))
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self._window_step, self._window_start = self.state.global_step, time.perf_counter()
+        self.phase.flush()
+
+    # ---- Evaluation ----
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """The sequence reverse KL per byte on held-out prompts, with its standard error over the samples.
+
+        One response to each prompt, drawn from the student's own distribution (temperature 1, no truncation: the estimate of
+        KL(student || teacher) of whole texts is then unbiased) with the run's seed, so that two evaluations of one student agree.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        check_prompts("eval_dataset", dataset, required=True)
+        started = time.perf_counter()
+        student = self.accelerator.unwrap_model(self.model)
+        records = [dataset[i] for i in range(self.args.process_index, len(dataset), self.args.world_size)]
+        samples = self._sample(records, self._sampling(1.0, 1.0), self.args.seed + self.args.process_index)
+        training = student.training
+        student.eval()
+        rows = []  # one of each response: log ratio, bytes, tokens, whether it ended
+        size = self.args.per_device_eval_batch_size
+        for start in range(0, len(records), size):
+            part = samples[start : start + size]
+            packed = PackedSequences.build(part.student_prompts, part.student_responses, self.pad_id).to(
+                self.args.device
+            )
+            student_tokens, teacher_tokens = (
+                torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int64, device=self.args.device)
+                for ids in (part.student_responses, part.teacher_responses)
+            )
+            ours = token_statistics(response_hidden_states(student, packed), LMHead.from_model(student), student_tokens)
+            hidden = self.teacher.hidden_states(part.teacher_prompts, part.teacher_responses)
+            theirs = token_statistics(hidden, self.teacher.head, teacher_tokens)
+            ratios, lengths = log_ratios(self.pair, part, ours.logprob, theirs.logprob)
+            for ratio, length, response in zip(ratios, lengths, part.responses, strict=True):
+                rows.append((ratio, length, len(response.token_ids), response.finish_reason == "stop"))
+        student.train(training)
+        rows = gather_object(rows) if self.accelerator.num_processes > 1 else rows
+
+        scored = [row for row in rows if row[1]]
+        value, error = ratio_with_standard_error([row[0] for row in scored], [row[1] for row in scored])
+        metrics = {
+            "reverse_kl_per_byte": value,
+            "reverse_kl_per_byte_stderr": error,
+            "response_length": sum(row[2] for row in rows) / len(rows),
+            "response_ended": sum(row[3] for row in rows) / len(rows),
+            "samples": len(scored),
+            "samples_unscored": len(rows) - len(scored),
+            "runtime": time.perf_counter() - started,
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self._start_window()
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def forward_through(wrapper: nn.Module, module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+    """Runs `compute` inside `wrapper`'s forward (DistributedDataParallel and FSDP prepare their gradient hooks there), although
+    it calls parts of `module` and not `module` itself."""
+    if wrapper is module:
+        return compute()
+    original = module.forward
+
+    def once(*args, **kwargs):
+        module.forward = original
+        return compute()
+
+    module.forward = once
+    try:
+        return wrapper()
+    finally:
+        module.forward = original
+
+
+def under_autocast(hidden: Tensor, head: LMHead, dtype: torch.dtype) -> tuple[Tensor, LMHead]:
+    """What autocast would do to a linear layer: its operands in the low precision, gradients back to the masters."""
+    bias = head.bias if head.bias is None else head.bias.to(dtype)
+    return hidden.to(dtype), replace(head, weight=head.weight.to(dtype), bias=bias)

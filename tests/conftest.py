@@ -1,0 +1,37 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from simct.demo import ASSETS
+
+torch.set_num_threads(1)  # the models are tiny, and waiting threads cost more than they bring on a busy machine
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizers():
+    return tuple(AutoTokenizer.from_pretrained(ASSETS / name) for name in ("student", "teacher"))
+
+
+@pytest.fixture(scope="session")
+def demo_teacher():
+    return AutoModelForCausalLM.from_pretrained(ASSETS / "teacher", dtype=torch.float32)
+
+
+@pytest.fixture
+def demo_student():
+    """A fresh copy: tests train it."""
+    return AutoModelForCausalLM.from_pretrained(ASSETS / "student", dtype=torch.float32)

@@ -1,0 +1,132 @@
+"""The command line, end to end."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from simct.cli import main
+from simct.demo import ASSETS
+
+STUDENT, TEACHER = str(ASSETS / "student"), str(ASSETS / "teacher")
+SMALL = [
+    "--max_steps",
+    "2",
+    "--per_device_train_batch_size",
+    "4",
+    "--max_new_tokens",
+    "12",
+    "--use_cpu",
+    "--disable_tqdm",
+    "true",
+]
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def simct(capsys):
+    def run(*arguments, code: int = 0) -> str:
+        if code:
+            with pytest.raises(SystemExit) as end:
+                main([str(word) for word in arguments])
+            assert end.value.code == code
+        else:
+            main([str(word) for word in arguments])
+        output = capsys.readouterr()
+        return output.out + output.err
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text((ASSETS / "train.jsonl").read_text())
+    return path
+
+
+def test_demo_improves_the_student_and_repeats_itself(tmp_path):
+    runs = []
+    for folder in "one", "two":  # in processes of their own, as a user would
+        command = [sys.executable, "-m", "simct.cli", "demo", "--steps", "10", "--output", folder]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs.append(done.stdout)
+    first, second = runs
+    result = next(line for line in first.splitlines() if "sequence reverse KL, nats per byte" in line)
+    assert result in second
+    change = float(result.split("(")[1].split(" standard errors")[0])
+    assert change < -2, result
+    assert (tmp_path / "one" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one" / "student")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "student")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "student")
+    assert len(tokenizer) == student.config.vocab_size
+    for a, b in zip(student.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_train_with_held_out_prompts(simct, tmp_path, data):
+    output = simct(
+        "train", "--student", STUDENT, "--teacher", TEACHER, "--data", data, "--output_dir", tmp_path / "run",
+        "--eval_prompts", 8, "--logging_steps", 1, "--save_strategy", "no", *SMALL,
+    )  # fmt: skip
+    assert "SimCT by bytes" in output and "Held-out prompts (8 before, 8 after)" in output
+    assert (tmp_path / "run" / "model.safetensors").exists() and (tmp_path / "run" / "curves.png").exists()
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in history if "loss" in row] == [1, 2]
+
+
+def test_train_from_a_yaml_file_with_the_command_line_on_top(simct, tmp_path, data):
+    (tmp_path / "run.yaml").write_text(
+        f"student: {STUDENT}\nteacher: {TEACHER}\ndata: {data}\noutput_dir: {tmp_path / 'yaml'}\nmax_steps: 5\nbeta: 0.5\n"
+        "units: single\nspecial_tokens: {'<eos>': '<|endoftext|>'}\nuse_cpu: true\ndisable_tqdm: true\nmax_new_tokens: 8\n"
+        "per_device_train_batch_size: 4\nlogging_steps: 1\nsave_steps: 1\n"
+    )
+    simct("train", "--config", "run.yaml", "--max_steps", 1)
+    arguments = torch.load(tmp_path / "yaml" / "checkpoint-1" / "training_args.bin", weights_only=False)
+    assert (arguments.beta, arguments.units, arguments.max_steps) == (0.5, "single", 1)
+    assert arguments.special_tokens == {"<eos>": "<|endoftext|>"}
+    assert not (tmp_path / "yaml" / "checkpoint-5").exists()
+
+
+def test_inspect(simct, tmp_path):
+    (tmp_path / "text.txt").write_text("Return the codec's StreamWriter.\n\nNa\u00efve caf\u00e9, 12 345.")
+    output = simct("inspect", STUDENT, TEACHER, "--text", "text.txt")
+    assert "shared vocabulary" in output and "2 texts" in output and "SimpleOPD by bytes" in output
+    assert "100.0%" not in next(line for line in output.splitlines() if "SimpleOPD, public code" in line)
+    assert "SimCT by bytes" in simct("inspect", STUDENT, TEACHER)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--data": "nowhere.jsonl"}, "data file 'nowhere.jsonl' does not exist"),
+        ({"--data": "bad.jsonl"}, "bad.jsonl, line 2: expected a field 'prompt' or 'messages'"),
+        ({"--data": "empty.jsonl"}, "data file 'empty.jsonl' is empty"),
+        ({"--student": "nowhere"}, "student 'nowhere' cannot be loaded"),
+        ({"--beta": "2"}, "beta is 2.0: expected a number in [0, 1]"),
+        ({"--output_dir": "file/run"}, "output_dir 'file/run' cannot be written"),
+        ({"--config": "missing.yaml"}, "config file 'missing.yaml' does not exist"),
+        ({"--special_tokens": '{"<eos>": "<nothing>"}'}, "special_tokens names '<nothing>'"),
+        ({"--eval_prompts": "800"}, "eval_prompts is 800"),
+    ],
+)
+def test_bad_input_ends_before_any_work(simct, tmp_path, data, changes, message):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"text": "y"}\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "file").write_text("in the way")
+    options = {"--student": STUDENT, "--teacher": TEACHER, "--data": data, "--output_dir": "run", **changes}
+    output = simct("train", *[word for pair in options.items() for word in pair], *SMALL, code=2)
+    assert message in " ".join(output.split())
+    assert "Traceback" not in output

@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from simct.prompts import render_prompt
+from simct.rollout import ContinuousBatching, Response, Sampling, StaticBatching, make_engine
+
+PROMPTS = ["The", "Return the", "This method is called", "If the", "A list of names that"]
+
+
+@pytest.fixture
+def prompts(demo_tokenizers):
+    return [render_prompt(text, demo_tokenizers[0]) for text in PROMPTS]
+
+
+def sampling(tokenizer, **options):
+    return Sampling((tokenizer.eos_token_id,), tokenizer.pad_token_id, **{"max_new_tokens": 24, **options})
+
+
+@pytest.mark.parametrize("engine", ["continuous", "static"])
+def test_one_seed_gives_one_sample(engine, demo_student, demo_tokenizers, prompts):
+    engine = make_engine(demo_student, engine)
+    settings = sampling(demo_tokenizers[0])
+    first = engine.generate(prompts, settings, seed=7)
+    assert first == engine.generate(prompts, settings, seed=7)
+    assert first != engine.generate(prompts, settings, seed=8)
+    assert len(first) == len(prompts)
+
+
+def test_engines_agree_on_greedy_responses(demo_student, demo_tokenizers, prompts):
+    settings = sampling(demo_tokenizers[0], temperature=0.0)
+    static = StaticBatching(demo_student, batch_size=2).generate(prompts, settings, seed=0)
+    assert static == ContinuousBatching(demo_student).generate(prompts, settings, seed=0)
+
+
+@pytest.mark.parametrize("engine", ["continuous", "static"])
+def test_responses_end_with_the_end_of_turn_or_run_out_of_budget(engine, demo_student, demo_tokenizers, prompts):
+    tokenizer = demo_tokenizers[0]
+    comma = tokenizer.convert_tokens_to_ids(",")
+    settings = Sampling((tokenizer.eos_token_id, comma), tokenizer.pad_token_id, max_new_tokens=16)
+    responses = make_engine(demo_student, engine).generate(prompts * 4, settings, seed=1)
+    assert {r.finish_reason for r in responses} == {"stop", "length"}
+    for response in responses:
+        ends = [token in settings.end_ids for token in response.token_ids]
+        if response.finish_reason == "stop":
+            assert ends[-1] and not any(ends[:-1])
+        else:
+            assert len(response.token_ids) == 16 and not any(ends)
+
+
+def test_the_first_of_several_ends_cuts():
+    settings = Sampling((5, 6), 0, max_new_tokens=9)
+    assert settings.response([1, 6, 5, 0, 0]) == Response([1, 6], "stop")
+    assert settings.response([1, 2]) == Response([1, 2], "length")
+    assert settings.response([5]) == Response([5], "stop")
+
+
+@pytest.mark.parametrize("engine", ["continuous", "static"])
+def test_the_callers_mode_and_random_state_come_back(engine, demo_student, demo_tokenizers, prompts):
+    demo_student.train()
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    make_engine(demo_student, engine).generate(prompts, sampling(demo_tokenizers[0]), seed=0)
+    assert torch.equal(torch.rand(4), expected)
+    assert demo_student.training
+
+
+def test_no_prompts(demo_student, demo_tokenizers):
+    for engine in "continuous", "static":
+        assert make_engine(demo_student, engine).generate([], sampling(demo_tokenizers[0]), seed=0) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"end_ids": ()}, "end_ids is empty"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+    ],
+)
+def test_bad_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**{"end_ids": (1,), "pad_id": 0, "max_new_tokens": 4, **options})
+
+
+def test_an_unknown_engine_is_named(demo_student):
+    with pytest.raises(ValueError, match="rollout_engine is 'vllm'"):
+        make_engine(demo_student, "vllm")
