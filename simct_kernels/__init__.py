@@ -1,0 +1,16 @@
+"""SimCT (arXiv 2605.07711), distillation across tokenizers: its losses on logits, or on hidden states and heads."""
+
+from .functional import linear_simct_loss, simct_loss
+from .inputs import AlignedUnits, LMHead, SharedVocabulary
+from .statistics import TokenStatistics, candidate_mass, token_statistics
+
+__all__ = [
+    "AlignedUnits",
+    "LMHead",
+    "SharedVocabulary",
+    "TokenStatistics",
+    "candidate_mass",
+    "linear_simct_loss",
+    "simct_loss",
+    "token_statistics",
+]

@@ -1,0 +1,73 @@
+"""Checks of a call's arguments against one another.
+
+None of them reads a tensor's data, so that a call never waits for a GPU on their account: what must be read was read
+when SharedVocabulary and AlignedUnits were built.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .inputs import AlignedUnits, LMHead, SharedVocabulary
+from .options import LossOptions, is_positive_int
+
+
+def check_units(units: AlignedUnits, shared: SharedVocabulary, options: LossOptions) -> None:
+    if not isinstance(units, AlignedUnits):
+        raise ValueError(f"units must be AlignedUnits, got {type(units).__name__}")
+    if not isinstance(shared, SharedVocabulary):
+        raise ValueError(f"shared must be a SharedVocabulary, got {type(shared).__name__}")
+    if shared.student_ids.device != units.student_start.device:
+        raise ValueError(f"shared is on {shared.student_ids.device}, but units are on {units.student_start.device}")
+    if units.max_left_out >= len(shared):
+        raise ValueError(f"units.left_out names shared index {units.max_left_out}, but shared has {len(shared)} pairs")
+    # Reading whether there is a continuation waits for a GPU; it happens in this misuse only.
+    if options.candidates == "disjoint" and units.left_out is None and units.has_continuation(shared).any():
+        raise ValueError('units.left_out is None, but candidates="disjoint" needs it where a unit has a continuation')
+
+
+def check_hidden(name: str, hidden: Tensor, head_name: str, head: LMHead, units: AlignedUnits | None = None) -> None:
+    """Refuses hidden states that are not [N, H] floating point beside the head, on the device of `units`."""
+    if not isinstance(head, LMHead):
+        raise ValueError(f"{head_name} must be an LMHead, got {type(head).__name__}: see LMHead.from_model")
+    check_matrix(name, hidden, units)
+    if hidden.device != head.weight.device:
+        raise ValueError(f"{name} is on {hidden.device}, but {head_name}.weight is on {head.weight.device}")
+    if hidden.shape[1] != head.weight.shape[1]:
+        raise ValueError(
+            f"{name} has {hidden.shape[1]} columns, but {head_name}.weight is {list(head.weight.shape)}: "
+            f"expected {head.weight.shape[1]}"
+        )
+
+
+def check_matrix(name: str, matrix: Tensor, units: AlignedUnits | None) -> None:
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.dim() != 2:
+        got = f"{matrix.dtype} {list(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise ValueError(f"{name} must be a floating point tensor of two dimensions, got {got}")
+    if matrix.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"{name} must be bfloat16, float16, float32 or float64, got {matrix.dtype}")
+    if units is not None and matrix.device != units.student_start.device:
+        raise ValueError(f"{name} is on {matrix.device}, but units are on {units.student_start.device}")
+
+
+def check_rows(name: str, matrix: Tensor, side: str, units: AlignedUnits) -> None:
+    rows = len(getattr(units, f"{side}_tokens"))
+    if matrix.shape[0] != rows:
+        raise ValueError(
+            f"{name} has {matrix.shape[0]} rows, but units.{side}_tokens has {rows}: expected one row each"
+        )
+
+
+def check_ids(name: str, vocabulary: int, side: str, units: AlignedUnits, shared: SharedVocabulary) -> None:
+    for owner, largest in (
+        (f"shared.{side}_ids", getattr(shared, f"max_{side}_id")),
+        (f"units.{side}_tokens", getattr(units, f"max_{side}_token")),
+    ):
+        if largest >= vocabulary:
+            raise ValueError(f"{owner} holds id {largest}, outside the {vocabulary} ids of {name}")
+
+
+def check_chunk_rows(chunk_rows: int | str) -> None:
+    if chunk_rows != "auto" and not is_positive_int(chunk_rows):
+        raise ValueError(f'chunk_rows must be "auto" or a positive int, got {chunk_rows!r}')

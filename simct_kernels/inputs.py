@@ -1,0 +1,337 @@
+"""What a loss reads: a shared vocabulary, aligned units and an output head.
+
+Knows no tokenizer and no loss. Everything that can be checked without a model is checked here, once, at construction:
+the checks read the data, so on a GPU they wait for it, and the losses themselves need not.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SharedVocabulary:
+    """The K tokens that both vocabularies spell with the same bytes: pair k is (student_ids[k], teacher_ids[k]).
+
+    Raises ValueError for anything but int64 vectors of one length >= 1 on one device, without negative or repeated ids,
+    student_ids ascending.
+    """
+
+    student_ids: Tensor  # int64 [K], ascending, no duplicates
+    teacher_ids: Tensor  # int64 [K], no duplicates
+
+    def __post_init__(self) -> None:
+        _check_vector("student_ids", self.student_ids)
+        _check_vector("teacher_ids", self.teacher_ids, like=("student_ids", self.student_ids))
+        if len(self) == 0:
+            raise ValueError("student_ids is empty: the two vocabularies must share at least one token")
+        _check_least("student_ids", self.student_ids, 0)
+        _check_least("teacher_ids", self.teacher_ids, 0)
+        _refuse_any(
+            "student_ids", self.student_ids[1:], self.student_ids.diff() <= 0, "must be ascending without duplicates"
+        )
+        ascending = self.teacher_ids.sort().values
+        _refuse_any("teacher_ids", ascending[1:], ascending.diff() == 0, "must not repeat an id")
+        # Kept as Python numbers, so that comparing them with a head's vocabulary never waits for a GPU.
+        object.__setattr__(self, "max_student_id", int(self.student_ids[-1]))
+        object.__setattr__(self, "max_teacher_id", int(ascending[-1]))
+
+    def __len__(self) -> int:
+        return self.student_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> SharedVocabulary:
+        return _moved(self, device)
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedUnits:
+    """G units of text, each realised by consecutive prediction rows of either side.
+
+    Rows index the packed response rows of the student (N_s of them) and of the teacher (N_t); row i predicts token i.
+    Rows in no unit are unsupervised. `left_out` lists what `candidates="disjoint"` leaves out of a unit's shared
+    candidates, as rows (unit, index into the shared vocabulary) sorted by unit; only units with a continuation heed it.
+
+    Raises ValueError for wrong shapes, dtypes or devices, lengths below 1, negative tokens, units that reach outside
+    the tokens, units that overlap on a side, or a `left_out` that is unsorted or out of range.
+    """
+
+    student_start: Tensor  # int64 [G]
+    student_length: Tensor  # int64 [G], >= 1
+    teacher_start: Tensor  # int64 [G]
+    teacher_length: Tensor  # int64 [G], >= 1
+    student_tokens: Tensor  # int64 [N_s]
+    teacher_tokens: Tensor  # int64 [N_t]
+    left_out: Tensor | None = None  # int64 [E, 2]
+
+    def __post_init__(self) -> None:
+        _check_vector("student_start", self.student_start)
+        for name in ("student_length", "teacher_start", "teacher_length"):
+            _check_vector(name, getattr(self, name), like=("student_start", self.student_start))
+        for side in ("student", "teacher"):
+            start, length, tokens = (getattr(self, f"{side}_{part}") for part in ("start", "length", "tokens"))
+            _check_vector(f"{side}_tokens", tokens, device_of=("student_start", self.student_start))
+            _check_least(f"{side}_tokens", tokens, 0)
+            _check_least(f"{side}_length", length, 1)
+            _check_least(f"{side}_start", start, 0)
+            _refuse_any(
+                f"{side}_start + {side}_length",
+                start + length,
+                start + length > len(tokens),
+                f"must not pass the {len(tokens)} rows of {side}_tokens",
+            )
+            overlap = start[1:] < (start + length)[:-1]
+            if overlap.any():  # units may come in any order, but mostly come in that of the text
+                start, order = start.sort()
+                overlap = start[1:] < (start + length[order])[:-1]
+            _refuse_any(f"{side}_start", start[1:], overlap, "starts inside another unit: units must not overlap")
+            object.__setattr__(self, f"max_{side}_token", int(tokens.max()) if len(tokens) else -1)
+        object.__setattr__(self, "max_left_out", self._check_left_out())
+
+    def _check_left_out(self) -> int:
+        """Returns the largest shared index left out, -1 if there is none."""
+        if self.left_out is None:
+            return -1
+        if self.left_out.dtype != torch.int64 or self.left_out.dim() != 2 or self.left_out.shape[1] != 2:
+            raise ValueError(f"left_out must be int64 [E, 2], got {self.left_out.dtype} {_shape(self.left_out)}")
+        if self.left_out.device != self.student_start.device:
+            raise ValueError(
+                f"left_out is on {self.left_out.device}, but student_start is on {self.student_start.device}"
+            )
+        if len(self.left_out) == 0:
+            return -1
+        _check_least("left_out", self.left_out, 0)
+        unit = self.left_out[:, 0]
+        _refuse_any("left_out", unit, unit >= len(self), f"must name one of the {len(self)} units in its first column")
+        _refuse_any("left_out", unit[1:], unit.diff() < 0, "must be sorted by unit")
+        return int(self.left_out[:, 1].max())
+
+    def __len__(self) -> int:
+        return self.student_start.shape[0]
+
+    @property
+    def student_covered(self) -> float:
+        """The fraction of the student's rows that lie in a unit; 1.0 if there are no rows."""
+        return _covered(self.student_length, self.student_tokens)
+
+    @property
+    def teacher_covered(self) -> float:
+        """The fraction of the teacher's rows that lie in a unit; 1.0 if there are no rows."""
+        return _covered(self.teacher_length, self.teacher_tokens)
+
+    def has_continuation(self, shared: SharedVocabulary) -> Tensor:
+        """bool [G]: the unit is not single, or the pair of tokens that realises it is not a shared pair."""
+        student_token = self.student_tokens[self.student_start]
+        teacher_token = self.teacher_tokens[self.teacher_start]
+        index = torch.searchsorted(shared.student_ids, student_token).clamp(max=len(shared) - 1)
+        is_shared = (shared.student_ids[index] == student_token) & (shared.teacher_ids[index] == teacher_token)
+        return ~(self._is_single() & is_shared)
+
+    def single(self) -> AlignedUnits:
+        """The units with one token on each side, over the same rows."""
+        return self.select(self._is_single())
+
+    def select(
+        self,
+        index: Tensor,  # bool [G], or int64 [any] without repeats
+    ) -> AlignedUnits:
+        """The chosen units, in the order of `index`, over the same rows."""
+        index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index
+        left_out = self.left_out
+        if left_out is not None:
+            place = index.new_full((len(self),), -1)
+            place[index] = torch.arange(len(index), device=index.device)
+            left_out = torch.stack([place[left_out[:, 0]], left_out[:, 1]], dim=1)
+            left_out = left_out[left_out[:, 0] >= 0]
+            left_out = left_out[left_out[:, 0].argsort(stable=True)]
+        per_unit = ("student_start", "student_length", "teacher_start", "teacher_length")
+        return dataclasses.replace(self, left_out=left_out, **{name: getattr(self, name)[index] for name in per_unit})
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[AlignedUnits]) -> AlignedUnits:
+        """Packs samples one after the other: rows and `left_out` are shifted to the packed order.
+
+        Either all of the parts carry `left_out` or none: ValueError otherwise, as for an empty sequence.
+        """
+        if not parts:
+            raise ValueError("parts is empty: concatenate needs at least one AlignedUnits")
+        without = [number for number, part in enumerate(parts) if part.left_out is None]
+        if 0 < len(without) < len(parts):
+            raise ValueError(f"parts[{without[0]}].left_out is None, but other parts have one: all or none must")
+        fields: dict[str, list[Tensor]] = {field.name: [] for field in dataclasses.fields(AlignedUnits)}
+        rows = {"student": 0, "teacher": 0}
+        unit = 0
+        for part in parts:
+            for side in rows:
+                fields[f"{side}_start"].append(getattr(part, f"{side}_start") + rows[side])
+                fields[f"{side}_length"].append(getattr(part, f"{side}_length"))
+                fields[f"{side}_tokens"].append(getattr(part, f"{side}_tokens"))
+                rows[side] += len(getattr(part, f"{side}_tokens"))
+            if part.left_out is not None:
+                fields["left_out"].append(part.left_out + part.left_out.new_tensor([unit, 0]))
+            unit += len(part)
+        return cls(**{name: torch.cat(tensors) for name, tensors in fields.items() if tensors})
+
+    def to(self, device: torch.device | str) -> AlignedUnits:
+        return _moved(self, device)
+
+    def _is_single(self) -> Tensor:
+        return (self.student_length == 1) & (self.teacher_length == 1)
+
+
+@dataclass(frozen=True, eq=False)
+class LMHead:
+    """A language model's output head: z = scale * (hidden @ weight.T + bias), then softcap * tanh(z / softcap).
+
+    Raises ValueError for wrong shapes, dtypes or devices, a softcap that is not positive, or a scale that is zero.
+    """
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 2 or not self.weight.is_floating_point():
+            raise ValueError(
+                f"weight must be floating point [V, H], got {self.weight.dtype} {_shape(self.weight)}: "
+                "a quantised head must be dequantised first"
+            )
+        if self.bias is not None:
+            if self.bias.shape != self.weight.shape[:1] or not self.bias.is_floating_point():
+                raise ValueError(
+                    f"bias must be floating point [{self.weight.shape[0]}] as weight has {self.weight.shape[0]} rows, "
+                    f"got {self.bias.dtype} {_shape(self.bias)}"
+                )
+            if self.bias.device != self.weight.device:
+                raise ValueError(f"bias is on {self.bias.device}, but weight is on {self.weight.device}")
+        if self.softcap is not None and not 0 < self.softcap < float("inf"):
+            raise ValueError(f"softcap must be a positive number or None, got {self.softcap}")
+        if self.scale == 0 or not abs(self.scale) < float("inf"):
+            raise ValueError(f"scale must be a finite number other than 0, got {self.scale}")
+        object.__setattr__(self, "_row_cache", None)
+
+    @classmethod
+    def from_model(cls, model: Any) -> LMHead:
+        """Reads the head of a Hugging Face causal language model, by its attributes only.
+
+        What transformers 5.24 does between a model's last hidden state and its `.logits` is covered: soft-caps (Gemma,
+        VaultGemma, NanoChat, RecurrentGemma, xLSTM), multiplied scales (Cohere, FalconH1, HyperCLOVA X) and divided
+        ones (Granite, MiniCPM3, Inkling), on the configuration or its text configuration, and a padded vocabulary.
+
+        Raises ValueError for a model without an output head, or whose head has parameters besides weight and bias
+        (Dory's scale per token, an unmerged LoRA on the head).
+        """
+        module = model.get_output_embeddings()
+        if module is None or getattr(module, "weight", None) is None:
+            raise ValueError(f"model {type(model).__name__} has no language modelling head (get_output_embeddings())")
+        extra = sorted(name for name, _ in module.named_parameters() if name not in ("weight", "bias"))
+        if extra:
+            raise ValueError(f"model {type(model).__name__} has a head with more than a weight and a bias: {extra}")
+        config = model.config.get_text_config()
+
+        def read(*names: str) -> float | None:
+            values = (getattr(config, name, None) for name in names)
+            return next((float(value) for value in values if value is not None), None)
+
+        # The same field name can mean the opposite, or nothing at all, in another family.
+        multiplies = ["lm_head_multiplier", "output_multiplier"]
+        divides = ["logits_mup_width_multiplier"]
+        if config.model_type.startswith("cohere"):
+            multiplies.append("logit_scale")  # MPT has the field and never reads it
+        (multiplies if config.model_type.startswith("hyperclovax") else divides).append("logits_scaling")
+        scale = (read(*multiplies) or 1.0) / (read(*divides) or 1.0)
+
+        rows = getattr(config, "unpadded_vocab_size", None) or module.weight.shape[0]
+        bias = getattr(module, "bias", None)
+        return cls(
+            weight=module.weight if rows >= module.weight.shape[0] else module.weight[:rows],
+            bias=bias if bias is None or rows >= bias.shape[0] else bias[:rows],
+            softcap=read("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
+            scale=scale,
+        )
+
+    def logits(
+        self,
+        hidden: Tensor,  # [N, H]
+    ) -> Tensor:
+        """The whole [N, V] logits, in the dtype of the operands: for small cases and for the oracle."""
+        z = hidden @ self.weight.T
+        if self.bias is not None:
+            z = z + self.bias
+        z = self.scale * z
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def rows(
+        self,
+        ids: Tensor,  # int64 [K]
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """weight[ids] as `dtype`, [K, H], detached. A frozen weight's copy is kept for the next call with these ids.
+
+        The copy is made anew when the weight was changed in place; a write through `weight.data` goes unseen.
+        """
+        weight = self.weight.detach()
+        if self.weight.requires_grad or self.weight.is_inference():  # inference tensors carry no version to watch
+            return weight.index_select(0, ids).to(dtype)
+        if self._row_cache is not None:
+            cached_ids, version, rows = self._row_cache
+            if cached_ids is ids and version == self.weight._version and rows.dtype == dtype:
+                return rows
+        rows = weight.index_select(0, ids).to(dtype)
+        object.__setattr__(self, "_row_cache", (ids, self.weight._version, rows))
+        return rows
+
+
+def _moved(checked, device: torch.device | str):
+    """A copy with its tensors on `device`, not checked again: that would wait for the device."""
+    moved = copy.copy(checked)
+    for name, value in vars(checked).items():
+        if isinstance(value, Tensor):
+            object.__setattr__(moved, name, value.to(device))
+    return moved
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _covered(length: Tensor, tokens: Tensor) -> float:
+    return int(length.sum()) / len(tokens) if len(tokens) else 1.0
+
+
+def _check_vector(
+    name: str,
+    tensor: Tensor,
+    *,
+    like: tuple[str, Tensor] | None = None,
+    device_of: tuple[str, Tensor] | None = None,
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, got {tensor.dtype}")
+    if tensor.dim() != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {_shape(tensor)}")
+    if like is not None and tensor.shape != like[1].shape:
+        raise ValueError(f"{name} must be as long as {like[0]} ({len(like[1])}), got {len(tensor)}")
+    other = like or device_of
+    if other is not None and tensor.device != other[1].device:
+        raise ValueError(f"{name} is on {tensor.device}, but {other[0]} is on {other[1].device}")
+
+
+def _check_least(name: str, tensor: Tensor, least: int) -> None:
+    _refuse_any(name, tensor, tensor < least, f"must be at least {least}")
+
+
+def _refuse_any(name: str, values: Tensor, bad: Tensor, expected: str) -> None:
+    """Raises ValueError with the first value where `bad` is true."""
+    if bad.any():
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{name} {expected}, got {values[where].item()}")

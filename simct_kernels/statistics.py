@@ -1,0 +1,87 @@
+"""What a trainer logs about one side's predictions, computed chunk by chunk without gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import torch_backend
+from .checks import check_chunk_rows, check_hidden, check_ids, check_rows, check_units
+from .inputs import AlignedUnits, LMHead, SharedVocabulary
+from .options import LossOptions, check_choice
+from .torch_plan import auto_rows
+from .torch_rows import LinearRows
+
+
+class TokenStatistics(NamedTuple):
+    """Of each row's softmax over the whole vocabulary, at temperature 1."""
+
+    logprob: Tensor  # float32 [N], of the row's token
+    entropy: Tensor  # float32 [N], in nats
+    logsumexp: Tensor  # float32 [N]
+
+
+@torch.no_grad()
+def token_statistics(
+    hidden: Tensor,  # [N, H]
+    head: LMHead,
+    tokens: Tensor,  # int64 [N]
+    *,
+    chunk_rows: int | str = "auto",
+) -> TokenStatistics:
+    """The log-probability of `tokens` and the entropy and log-sum-exp of their rows' distributions.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit. Tokens are not checked against the vocabulary,
+    which would wait for a GPU.
+    """
+    check_hidden("hidden", hidden, "head", head)
+    check_chunk_rows(chunk_rows)
+    if tokens.dtype != torch.int64 or tokens.shape != hidden.shape[:1] or tokens.device != hidden.device:
+        raise ValueError(
+            f"tokens must be int64 [{hidden.shape[0]}] on {hidden.device}, one for each row of hidden, "
+            f"got {tokens.dtype} {list(tokens.shape)} on {tokens.device}"
+        )
+    source = LinearRows(hidden, head, tokens.new_empty(0), torch_backend.compute_dtype(hidden, head.weight))
+    step = auto_rows(head.weight.shape[0], hidden.device) if chunk_rows == "auto" else chunk_rows
+    columns = torch.empty(3, hidden.shape[0], device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows in torch.arange(hidden.shape[0], device=hidden.device).split(step):
+            if len(rows) == 0:
+                break
+            logits = source.whole(rows)
+            logsumexp = logits.logsumexp(dim=1)
+            logprob = logits.gather(1, tokens[rows, None]).squeeze(1) - logsumexp
+            logits -= logsumexp[:, None]
+            # A token of probability 0 adds nothing to the entropy.
+            entropy = -logits.exp().mul_(logits.masked_fill_(logits == -torch.inf, 0)).sum(dim=1)
+            columns[:, rows] = torch.stack([logprob, entropy, logsumexp]).float()
+    return TokenStatistics(*columns)
+
+
+def candidate_mass(
+    hidden: Tensor,  # [N_t, H], or [N_s, H] for the student
+    head: LMHead,
+    units: AlignedUnits,
+    shared: SharedVocabulary,
+    *,
+    side: str = "teacher",
+    score: str = "mean_logprob",
+    candidates: str = "paper",
+    chunk_rows: int | str = "auto",
+) -> Tensor:
+    """float32 [G]: the probability that one side puts on each unit's candidates, `teacher_mass_floor`'s measure.
+
+    It is the sum of the shared candidates' probabilities and, where there is a continuation, exp of its score (Eq. 7).
+    That score is a mean log-probability, unless `score` is another, so that the sum may pass 1. Options and errors are
+    those of `linear_simct_loss`.
+    """
+    options = LossOptions(score=score, candidates=candidates)
+    check_choice("side", side, ("teacher", "student"))
+    check_chunk_rows(chunk_rows)
+    check_units(units, shared, options)
+    check_hidden("hidden", hidden, "head", head, units)
+    check_rows("hidden", hidden, side, units)
+    check_ids("head", head.weight.shape[0], side, units, shared)
+    return torch_backend.candidate_mass(hidden, head, units, shared, options, side=side, chunk_rows=chunk_rows).float()
