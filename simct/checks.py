@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simct.hidden import PackedSequences, response_hidden_states
 from simct.prompts import prompt_of
+from simct.tokens import token_bytes
 from simct_kernels import LMHead
 
 
@@ -47,13 +48,17 @@ def check_disk_space(folder: str, model: nn.Module) -> None:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """ValueError unless the model has a head with a row for each token of the tokenizer."""
+    """ValueError unless the model has a head with a row for each token that spells text (special ones may stand behind it:
+    Gemma's text models have no row for the image token of their tokenizer)."""
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{name} {type(model).__name__} has no lm_head: expected a causal language model")
-    if head.weight.shape[0] < len(tokenizer):
+    rows, needed = head.weight.shape[0], len(tokenizer)
+    if rows < needed:
+        needed = 1 + max(i for i, piece in enumerate(token_bytes(tokenizer)) if piece is not None)
+    if rows < needed:
         raise ValueError(
-            f"{name}'s lm_head has {head.weight.shape[0]} rows but its tokenizer {len(tokenizer)} tokens: "
+            f"{name}'s lm_head has {rows} rows but its tokenizer {needed} tokens: "
             "expected a head that covers the tokenizer (resize_token_embeddings, or the tokenizer of this model)"
         )
 

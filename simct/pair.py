@@ -80,6 +80,7 @@ class TokenizerPair:
         alignment: str = "bytes",
         student_generation_config=None,
         teacher_generation_config=None,
+        student_vocabulary_size: int | None = None,
     ):
         if alignment not in ("bytes", "anchored"):
             raise ValueError(f'alignment must be "bytes" or "anchored", got {alignment!r}')
@@ -95,7 +96,7 @@ class TokenizerPair:
         self._teacher_end = {i: mapped.get(i, self.end_pair[1]) for i in self.student_end_ids}
         self.teacher_end_ids = tuple(dict.fromkeys((*self._teacher_end.values(), *teacher_ends)))
 
-        self._student = Side("student", student_tokenizer, self.student_end_ids)
+        self._student = Side("student", student_tokenizer, self.student_end_ids, student_vocabulary_size)
         self._teacher = Side("teacher", teacher_tokenizer, self.teacher_end_ids)
         self.shared = self._share(mapped)
         self._partner = np.full(len(self._student.pieces), -1)  # a shared student id's teacher id

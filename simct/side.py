@@ -28,10 +28,11 @@ class Packed:
 class Side:
     """One tokenizer of the pair: its token bytes, its text encoder, and the packing of its responses."""
 
-    def __init__(self, role: str, tokenizer, ends: Sequence[int]):
+    def __init__(self, role: str, tokenizer, ends: Sequence[int], vocabulary_size: int | None = None):
         self.role = role
         self._tokenizer = tokenizer
         self.pieces = token_bytes(tokenizer)
+        self.pieces += [None] * ((vocabulary_size or 0) - len(self.pieces))
         for i in ends:
             if not 0 <= i < len(self.pieces):
                 raise ValueError(f"the {role}'s end-of-turn id {i} is outside its vocabulary of {len(self.pieces)} ids")

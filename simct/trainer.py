@@ -20,7 +20,7 @@ from simct.checks import check_disk_space, check_head, check_prompts, check_voca
 from simct.config import SimCTConfig
 from simct.hidden import PackedSequences, response_hidden_states
 from simct.metrics import PhaseTimer, Ratios, peak_memory_gb, ratio_with_standard_error
-from simct.pair import TokenizerPair
+from simct.pair import Alignment, TokenizerPair
 from simct.prompts import prompt_of, render_prompt
 from simct.rollout import Sampling, make_engine
 from simct.samples import Samples, log_ratios
@@ -60,6 +60,10 @@ class SimCTTrainer(Trainer):
         **kwargs,
     ) -> None:
         args = args if args is not None else SimCTConfig()
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: expected one process for each (torchrun, accelerate launch)"
+            )
         check_prompts("train_dataset", train_dataset)
         for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
             check_prompts("eval_dataset", dataset)
@@ -86,6 +90,7 @@ class SimCTTrainer(Trainer):
             alignment=args.alignment,
             student_generation_config=model.generation_config,
             teacher_generation_config=teacher.model.generation_config,
+            student_vocabulary_size=model.get_output_embeddings().weight.shape[0],
         )
         if peft_config is not None:
             from peft import get_peft_model
@@ -172,15 +177,15 @@ class SimCTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ):
-        samples, alignment = inputs["samples"], inputs["alignment"]
+        samples = inputs["samples"]
         with self.phase("teacher"):
             teacher_hidden = self.teacher.hidden_states(samples.teacher_prompts, samples.teacher_responses)
         student = self.accelerator.unwrap_model(model)
         loss = forward_through(model, student, lambda: self._student_loss(student, inputs, teacher_hidden))
-        if num_items_in_batch is None:
-            num_items_in_batch = len(alignment.student_tokens)
+        if num_items_in_batch is None:  # called outside the training loop
+            num_items_in_batch = torch.tensor(len(inputs["alignment"].student_tokens))
         # Data parallelism averages gradients over the processes; the loss is a sum over the global batch divided by its tokens.
-        loss = loss * self.accelerator.num_processes / max(int(num_items_in_batch), 1)
+        loss = loss * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         return (loss, None) if return_outputs else loss
 
     def _student_loss(self, student: nn.Module, inputs: dict[str, Any], teacher_hidden: Tensor) -> Tensor:
@@ -189,9 +194,10 @@ class SimCTTrainer(Trainer):
         head = LMHead.from_model(student)
         if torch.is_autocast_enabled(device.type):
             student_hidden, head = under_autocast(student_hidden, head, torch.get_autocast_dtype(device.type))
-        units: AlignedUnits = inputs["alignment"].to(device)
+        alignment: Alignment = inputs["alignment"]
         if self.args.units == "single":
-            units = units.single()
+            alignment = alignment.single()
+        units = alignment.to(device)
         with self.phase("loss"):
             loss, unit_losses = linear_simct_loss(
                 student_hidden,
@@ -203,7 +209,7 @@ class SimCTTrainer(Trainer):
                 **self.args.loss_options(),
                 return_unit_losses=True,
             )
-        self._record_units(inputs, units, unit_losses)
+        self._record_units(inputs["samples"], inputs["packed"], alignment, unit_losses.cpu())
         if self._logs_this_step():
             with self.phase("metrics"):
                 self._record_statistics(inputs, units, student_hidden.detach(), head, teacher_hidden)
@@ -219,8 +225,8 @@ class SimCTTrainer(Trainer):
             self.args.logging_strategy != "steps" or step % every == 0 or (self.args.logging_first_step and step == 1)
         )
 
-    def _record_units(self, inputs: dict[str, Any], units: AlignedUnits, unit_losses: Tensor) -> None:
-        samples, alignment = inputs["samples"], inputs["alignment"]
+    def _record_units(self, samples: Samples, packed: PackedSequences, units: Alignment, unit_losses: Tensor) -> None:
+        """Everything here is on the CPU: one copy from the device a micro-batch."""
         add, count = self.ratios.add, self.ratios.count
         single = (units.student_length == 1) & (units.teacher_length == 1)
         tokens, in_single = len(units.student_tokens), int(single.sum())
@@ -234,7 +240,7 @@ class SimCTTrainer(Trainer):
         add("tokens/single", in_single, per="tokens")
         add("tokens/longer", in_longer, per="tokens")
         add("tokens/unsupervised", tokens - in_single - in_longer, per="tokens")
-        reasons = dict(alignment.dropped)
+        reasons = dict(units.dropped)
         if self.args.units == "single":
             reasons["longer_unit"] = tokens - in_single - sum(reasons.values())
         for reason, lost in reasons.items():
@@ -253,7 +259,7 @@ class SimCTTrainer(Trainer):
         add("tokens_per_second/rollout", tokens, per="seconds/rollout")
         teacher_tokens = sum(map(len, samples.teacher_prompts)) + len(units.teacher_tokens)
         add("tokens_per_second/teacher", teacher_tokens, per="seconds/teacher")
-        add("tokens_per_second/student", inputs["packed"].attention_mask.sum(), per="seconds/student+loss")
+        add("tokens_per_second/student", packed.attention_mask.sum(), per="seconds/student+loss")
 
     @torch.no_grad()
     def _record_statistics(
