@@ -1,6 +1,7 @@
 """The command line: `simct demo`, `simct train`, `simct inspect`."""
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
     demo = commands.add_parser("demo", help="distil a small teacher into a small student, offline, in two minutes")
     demo.add_argument("--output", type=Path, default=Path("simct-demo"), help="folder for the student and the curves")
-    demo.add_argument("--steps", type=int, default=40, help="optimiser steps")
+    demo.add_argument("--steps", type=int, default=100, help="optimiser steps")
     demo.add_argument("--seed", type=int, default=0)
 
     commands.add_parser("train", help="distil any teacher into any student (simct train --help)", add_help=False)
@@ -99,17 +100,25 @@ def train(argv: list[str]) -> None:
         texts = [prompt if isinstance(prompt := prompt_of(r), str) else prompt[-1]["content"] for r in records[:200]]
         console.print(pair_table(trainer.pair, trainer.processing_class, trainer.teacher.tokenizer))
         console.print(coverage_table(trainer.pair.coverage(texts)), "of the first prompts' own text\n")
-    before = trainer.evaluate() if held_out and not config.resume_from_checkpoint else None
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    after = trainer.evaluate() if held_out else None
+    resume = {"true": True, "latest": True}.get(
+        str(config.resume_from_checkpoint).lower(), config.resume_from_checkpoint
+    )
+    before = evaluate(trainer) if held_out and not resume else None
+    trainer.train(resume_from_checkpoint=resume)
+    after = evaluate(trainer) if held_out else None
     trainer.save_model()
     if trainer.is_world_process_zero():
         curves = Path(config.output_dir) / "curves.png"
-        plot_curves(trainer.state.log_history, curves)
+        plot_curves([{"step": 0, **(before or {})}, *trainer.state.log_history], curves)
         trainer.state.save_to_json(str(Path(config.output_dir) / "trainer_state.json"))
         if before and after:
             console.print(evaluation_table(before, after))
         console.print(f"student: {config.output_dir}\ncurves:  {curves}", highlight=False)
+
+
+def evaluate(trainer) -> dict[str, float]:
+    with console.status("evaluating on held-out prompts"):
+        return trainer.evaluate()
 
 
 def with_config_file(argv: list[str]) -> list[str]:
@@ -134,14 +143,8 @@ def with_config_file(argv: list[str]) -> list[str]:
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(v if isinstance(v, str) else yaml_word(v) for v in values)]
+        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
     return words + argv
-
-
-def yaml_word(value) -> str:
-    import json
-
-    return str(value) if not isinstance(value, dict) else json.dumps(value)
 
 
 def inspect_pair(student: str, teacher: str, text: Path | None) -> None:

@@ -57,7 +57,7 @@ def data(tmp_path):
 def test_demo_improves_the_student_and_repeats_itself(tmp_path):
     runs = []
     for folder in "one", "two":  # in processes of their own, as a user would
-        command = [sys.executable, "-m", "simct.cli", "demo", "--steps", "10", "--output", folder]
+        command = [sys.executable, "-m", "simct.cli", "demo", "--steps", "20", "--output", folder]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]

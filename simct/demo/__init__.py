@@ -12,7 +12,7 @@ SENTENCE = "Return the codec's StreamWriter for UTF-8.\nIt is unnecessarily slow
 
 
 def run_demo(
-    output: Path, *, steps: int = 40, seed: int = 0, console: Console | None = None
+    output: Path, *, steps: int = 100, seed: int = 0, console: Console | None = None
 ) -> dict[str, dict[str, float]]:
     """Shows the pair, distils the student and compares it before and after on held-out prompts.
 
@@ -40,7 +40,7 @@ def run_demo(
         temperature=1.0,
         top_p=1.0,
         max_new_tokens=48,
-        logging_steps=2,
+        logging_steps=5,
         save_strategy="no",
         use_cpu=True,
         seed=seed,
@@ -62,12 +62,14 @@ def run_demo(
     console.print(
         f"\nDistilling: {steps} steps of {config.per_device_train_batch_size} responses sampled by the student"
     )
-    before = trainer.evaluate()
+    with console.status("evaluating on held-out prompts"):
+        before = trainer.evaluate()
     trainer.train()
-    after = trainer.evaluate()
+    with console.status("evaluating on held-out prompts"):
+        after = trainer.evaluate()
     student, curves = output / "student", output / "curves.png"
     trainer.save_model(str(student))
-    plot_curves(trainer.state.log_history, curves)
+    plot_curves([{"step": 0, **before}, *trainer.state.log_history], curves)
     console.print(evaluation_table(before, after))
     console.print(f"student: {student}\ncurves:  {curves}", highlight=False)
     return {"before": before, "after": after}

@@ -1,0 +1,1 @@
+"""Benchmarks. They import the packages; nothing imports them."""
