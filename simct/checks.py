@@ -9,21 +9,55 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simct.hidden import PackedSequences, response_hidden_states
-from simct.prompts import prompt_of
+from simct.prompts import prompt_of, render_prompt
 from simct.tokens import token_bytes
 from simct_kernels import LMHead
 
 
-def check_prompts(name: str, dataset, required: bool = False) -> None:
-    """ValueError unless the data set has records, the first of them with a prompt."""
-    if dataset is None and not required:
-        return
-    if dataset is None or len(dataset) == 0:
-        raise ValueError(f"{name} is empty: expected at least one record with a prompt or messages")
-    try:
-        prompt_of(dataset[0])
-    except ValueError as error:
-        raise ValueError(f"{name}, record 0: {error}") from None
+def check_datasets(train_dataset, eval_dataset) -> None:
+    """ValueError unless there are records to train on, and to evaluate on if anything is given for that."""
+    parts = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    named = [
+        ("train_dataset", train_dataset),
+        *((f"eval_dataset {name}".strip(), part) for name, part in parts.items()),
+    ]
+    for name, dataset in named:
+        if dataset is None:
+            continue
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"{name} is a {type(dataset).__name__} without a length: expected a list or a datasets.Dataset"
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"{name} is empty: expected at least one record with a prompt or messages")
+
+
+def check_records(
+    name: str, dataset, sides: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]], config
+) -> None:
+    """Renders every prompt for both models; ValueError names the first record that cannot be rendered or is too long.
+
+    A prompt and a whole response must fit the student's context, and a prompt the teacher's. (A response that turns out too long
+    for the teacher is cut there, and what is cut is counted.)
+    """
+    for number in range(0 if dataset is None else len(dataset)):
+        try:
+            prompt = prompt_of(dataset[number])
+            for side, (model, tokenizer) in sides.items():
+                tokens, limit = len(render_prompt(prompt, tokenizer, config.prompt_format)), context_length(model)
+                budget = config.max_new_tokens if side == "student" else 1
+                if tokens + budget > limit:
+                    raise ValueError(
+                        f"the prompt has {tokens} {side} tokens, with max_new_tokens={config.max_new_tokens} too many for "
+                        f"the {side}'s context of {limit}"
+                    )
+        except ValueError as error:
+            raise ValueError(f"{name}, record {number}: {error}") from error
+
+
+def context_length(model: nn.Module) -> float:
+    """The most tokens that the model says it can read; infinite if it says nothing."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
 def check_writable(folder: str) -> None:
@@ -36,13 +70,16 @@ def check_writable(folder: str) -> None:
         raise ValueError(f"output_dir {folder!r} cannot be written: {error}") from None
 
 
-def check_disk_space(folder: str, model: nn.Module) -> None:
-    """ValueError unless one checkpoint fits on the disk: the weights, and two moments of each for the optimiser."""
-    needed = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
-    free = shutil.disk_usage(folder).free
+def check_disk_space(config, model: nn.Module) -> None:
+    """ValueError unless a checkpoint fits on the disk: what is trained, and two moments of it if the optimiser is saved."""
+    if config.save_strategy == "no":
+        return
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    needed = trained * (1 if config.save_only_model else 3)
+    free = shutil.disk_usage(config.output_dir).free
     if free < needed:
         raise ValueError(
-            f"output_dir {folder!r} has {free / 1e9:.1f} GB free: expected {needed / 1e9:.1f} GB for one checkpoint "
+            f"output_dir {config.output_dir!r} has {free / 1e9:.1f} GB free: expected {needed / 1e9:.1f} GB for one checkpoint "
             "(save_strategy='no' writes none)"
         )
 

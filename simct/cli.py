@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 console = Console()
+errors = Console(stderr=True)
 
 # What `simct inspect` measures without --text: prose, code and mathematics, as students write them.
 SAMPLES = (
@@ -33,6 +34,9 @@ class RunArguments:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode shows escapes
     parser = argparse.ArgumentParser(prog="simct", description="Cross-tokenizer on-policy distillation.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -53,15 +57,22 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if options.command == "demo":
+            from simct.checks import check_writable
             from simct.demo import run_demo
 
+            if options.steps < 1:
+                raise UsageError(f"--steps is {options.steps}: expected at least 1")
+            try:
+                check_writable(str(options.output))
+            except ValueError as error:
+                raise UsageError(error) from error
             run_demo(options.output, steps=options.steps, seed=options.seed, console=console)
         elif options.command == "inspect":
             inspect_pair(options.student, options.teacher, options.text)
         else:
             train(argv[argv.index("train") + 1 :])
     except UsageError as error:
-        console.print(f"simct {options.command}: error: {error}", style="bold red", markup=False, highlight=False)
+        errors.print(f"simct {options.command}: error: {error}", style="bold red", markup=False, highlight=False)
         raise SystemExit(2) from error
 
 
@@ -79,7 +90,8 @@ def train(argv: list[str]) -> None:
     from simct.prompts import prompt_of, read_prompts
     from simct.trainer import SimCTTrainer
 
-    parser = HfArgumentParser((RunArguments, SimCTConfig), prog="simct train", description=train.__doc__)
+    options = {"prog": "simct train", "description": train.__doc__, "allow_abbrev": False}
+    parser = HfArgumentParser((RunArguments, SimCTConfig), **options)
     parser.add_argument("--config", help="YAML file with any of these options; the command line takes precedence")
     try:
         run, config, _ = parser.parse_args_into_dataclasses(with_config_file(argv), look_for_args_file=False)
@@ -91,20 +103,19 @@ def train(argv: list[str]) -> None:
         held_out = read_prompts(run.eval_data) if run.eval_data else records[len(records) - run.eval_prompts :]
         if not run.eval_data and run.eval_prompts:
             records = records[: -run.eval_prompts]
+        resume = checkpoint(config.resume_from_checkpoint, config.output_dir)
         trainer = SimCTTrainer(run.student, run.teacher, config, records, held_out or None)
-        ProgressBar.install(trainer, console)
-    except (ValueError, OSError) as error:
+        bar = ProgressBar.install(trainer, console)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UsageError(error) from error
 
     if trainer.is_world_process_zero():
         texts = [prompt if isinstance(prompt := prompt_of(r), str) else prompt[-1]["content"] for r in records[:200]]
         console.print(pair_table(trainer.pair, trainer.processing_class, trainer.teacher.tokenizer))
         console.print(coverage_table(trainer.pair.coverage(texts)), "of the first prompts' own text\n")
-    resume = {"true": True, "latest": True}.get(
-        str(config.resume_from_checkpoint).lower(), config.resume_from_checkpoint
-    )
     before = evaluate(trainer) if held_out and not resume else None
-    trainer.train(resume_from_checkpoint=resume)
+    with bar:
+        trainer.train(resume_from_checkpoint=resume)
     after = evaluate(trainer) if held_out else None
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -114,6 +125,18 @@ def train(argv: list[str]) -> None:
         if before and after:
             console.print(evaluation_table(before, after))
         console.print(f"student: {config.output_dir}\ncurves:  {curves}", highlight=False)
+
+
+def checkpoint(asked: str | None, folder: str) -> str | None:
+    """The checkpoint to resume from: a path, or "latest" for the newest in the output folder. ValueError if it is not there."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if asked is None or asked.lower() == "false":
+        return None
+    found = get_last_checkpoint(folder) if asked.lower() in ("latest", "true") and Path(folder).is_dir() else asked
+    if found is None or not Path(found).is_dir():
+        raise ValueError(f"resume_from_checkpoint is {asked!r}: there is no such checkpoint (output_dir {folder!r})")
+    return found
 
 
 def evaluate(trainer) -> dict[str, float]:
@@ -173,7 +196,7 @@ def inspect_pair(student: str, teacher: str, text: Path | None) -> None:
         raise UsageError(error) from error
     console.print(pair_table(pair, *sides))
     console.print(coverage_table(pair.coverage(texts)))
-    console.print(cut_text(pair, texts[0][:400]))
+    console.print(cut_text(pair, texts[0][:400], console.width), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,11 @@ class SimCTConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # What `evaluate` measures, and less of it is better; there is no evaluation loss.
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "reverse_kl_per_byte"
+        if (self.metric_for_best_model or "").endswith("reverse_kl_per_byte") and self.greater_is_better is None:
+            self.greater_is_better = False
         super().__post_init__()
         for name in "special_tokens", "model_init_kwargs", "teacher_model_init_kwargs":
             setattr(self, name, from_json(name, getattr(self, name)))
@@ -97,8 +102,12 @@ class SimCTConfig(TrainingArguments):
         one_of("units", self.units, ("all", "single"))
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta is {self.beta}: expected a number in [0, 1]")
-        if not self.loss_temperature > 0:
+        if not 0 < self.loss_temperature < float("inf"):
             raise ValueError(f"loss_temperature is {self.loss_temperature}: expected a number above 0")
+        if self.teacher_mass_floor is not None and not 0 <= self.teacher_mass_floor <= 1:
+            raise ValueError(f"teacher_mass_floor is {self.teacher_mass_floor}: expected a number in [0, 1], or none")
+        if self.chunk_rows is not None and self.chunk_rows < 1:
+            raise ValueError(f"chunk_rows is {self.chunk_rows}: expected at least 1, or none")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: expected at least 1")
         if self.temperature < 0:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -65,17 +66,22 @@ def coverage_table(coverage: Coverage) -> Table:
     return table
 
 
-def cut_text(pair: TokenizerPair, text: str) -> Text:
-    """One text cut by both tokenizers, unit above unit: green 1:1, yellow longer, red without supervision."""
+def cut_text(pair: TokenizerPair, text: str, width: int = 80) -> Text:
+    """One text cut by both tokenizers, unit above unit in lines of at most `width` cells: green 1:1, yellow longer, red without
+    supervision."""
+    lines: list[Text] = []
     student, teacher = Text("student  "), Text("teacher  ")
     for cut in pair.cut(text):
         kind = "lost" if not cut.aligned else "single" if len(cut.student) == len(cut.teacher) == 1 else "longer"
         ours, theirs = ("│".join(map(show_bytes, side)) for side in (cut.student, cut.teacher))
-        width = max(len(ours), len(theirs))
+        cell = max(cell_len(ours), cell_len(theirs))
+        if student.cell_len + cell >= width and student.cell_len > len("student  "):
+            lines += [student, teacher, Text()]
+            student, teacher = Text("student  "), Text("teacher  ")
         for line, shown in (student, ours), (teacher, theirs):
-            line.append(shown.ljust(width), style=STYLES[kind])
+            line.append(shown + " " * (cell - cell_len(shown)), style=STYLES[kind])
             line.append(" ")
-    return student.append("\n").append_text(teacher)
+    return Text("\n").join([*lines, student, teacher])
 
 
 def evaluation_table(before: dict[str, float], after: dict[str, float]) -> Table:
@@ -86,7 +92,7 @@ def evaluation_table(before: dict[str, float], after: dict[str, float]) -> Table
     a, b = before["eval_reverse_kl_per_byte"], after["eval_reverse_kl_per_byte"]
     da, db = before["eval_reverse_kl_per_byte_stderr"], after["eval_reverse_kl_per_byte_stderr"]
     error = (da**2 + db**2) ** 0.5
-    change = f"{b - a:+.4f} ({(b - a) / error:+.1f} standard errors)"
+    change = f"{b - a:+.4f}" + (f" ({(b - a) / error:+.1f} standard errors)" if error > 0 else "")
     table.add_row("sequence reverse KL, nats per byte", f"{a:.4f} ± {da:.4f}", f"{b:.4f} ± {db:.4f}", change)
     for key, name, form in (
         ("response_length", "response length, tokens", ".1f"),

@@ -22,10 +22,10 @@ _KNOWN_ENDINGS = (
 _PROBE = "simct probe of the assistant's turn"
 
 
-def end_ids(tokenizer, generation_config=None) -> tuple[int, ...]:
+def end_ids(tokenizer, generation_config=None, chat: bool = True) -> tuple[int, ...]:
     """Ids that end a response, the primary one (what ends the assistant's turn in the model's own chat template) first.
 
-    Without a chat template the primary one is the first of the generation config's, then the tokenizer's
+    Without a chat template, or with `chat=False`, the primary one is the first of the generation config's, then the tokenizer's
     `eos_token_id`, then the first known name among the special tokens. Empty if there is none at all.
     """
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -36,7 +36,9 @@ def end_ids(tokenizer, generation_config=None) -> tuple[int, ...]:
         known = [i for i in known if i != special.get("<|end|>")]
     template = _template_ending(tokenizer, special)
     eos = tokenizer.eos_token_id
-    found = [*([] if template is None else [template]), *configured, *([] if eos is None else [eos]), *known]
+    plain = [*configured, *([] if eos is None else [eos])]
+    ended = [] if template is None else [template]
+    found = [*ended, *plain, *known] if chat else [*plain, *ended, *known]
     return tuple(dict.fromkeys(int(i) for i in found))
 
 

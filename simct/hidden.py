@@ -3,10 +3,13 @@
 Row order is that of `simct_kernels.AlignedUnits`: response by response, token by token, without padding.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+
+from simct_kernels import LMHead
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,27 @@ def response_hidden_states(model: nn.Module, sequences: PackedSequences) -> Tens
         input_ids=sequences.input_ids, attention_mask=sequences.attention_mask, use_cache=False, return_dict=True
     )
     return output.last_hidden_state.flatten(0, 1)[sequences.rows]
+
+
+def forward_through(wrapper: nn.Module, module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+    """Runs `compute` inside `wrapper`'s forward (DistributedDataParallel and FSDP prepare their gradient hooks there), although
+    it calls parts of `module` and not `module` itself."""
+    if wrapper is module:
+        return compute()
+    original = module.forward
+
+    def once(*args, **kwargs):
+        module.forward = original
+        return compute()
+
+    module.forward = once
+    try:
+        return wrapper()
+    finally:
+        module.forward = original
+
+
+def under_autocast(hidden: Tensor, head: LMHead, dtype: torch.dtype) -> tuple[Tensor, LMHead]:
+    """What autocast would do to a linear layer: its operands in the low precision, gradients back to the masters."""
+    bias = head.bias if head.bias is None else head.bias.to(dtype)
+    return hidden.to(dtype), replace(head, weight=head.weight.to(dtype), bias=bias)

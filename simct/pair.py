@@ -65,7 +65,9 @@ class TokenizerPair:
     generation config or special tokens. A mapping {student token: teacher token} (strings or ids, one to one) adds
     pairs to the shared vocabulary and takes precedence; end-of-turn tokens in it are also translated in responses,
     other special tokens in a response spell nothing. `alignment`: "bytes", the finest common partition, or "anchored",
-    the coarser rule of the public code of SimCT (arXiv 2605.07711).
+    the coarser rule of the public code of SimCT (arXiv 2605.07711). `student_vocabulary_size`: rows of the student's head, if it
+    has more than its tokenizer has tokens; the ids between spell nothing. `chat=False`: prompts are plain text, and a chat
+    template does not say what ends a response.
 
     Raises ValueError if a tokenizer belongs to no supported family, does not spell built-in text byte by byte (the
     first difference is shown), has no end-of-turn token, or if a mapped token is unknown.
@@ -81,6 +83,7 @@ class TokenizerPair:
         student_generation_config=None,
         teacher_generation_config=None,
         student_vocabulary_size: int | None = None,
+        chat: bool = True,
     ):
         if alignment not in ("bytes", "anchored"):
             raise ValueError(f'alignment must be "bytes" or "anchored", got {alignment!r}')
@@ -88,8 +91,8 @@ class TokenizerPair:
             raise ValueError(f'special_tokens must be "auto" or a mapping, got {special_tokens!r}')
         self.alignment = alignment
         mapped = {} if special_tokens == "auto" else _resolve(special_tokens, student_tokenizer, teacher_tokenizer)
-        student_ends = end_ids(student_tokenizer, student_generation_config)
-        teacher_ends = end_ids(teacher_tokenizer, teacher_generation_config)
+        student_ends = end_ids(student_tokenizer, student_generation_config, chat=chat)
+        teacher_ends = end_ids(teacher_tokenizer, teacher_generation_config, chat=chat)
         self.end_pair: tuple[int, int] = _end_pair(mapped, student_ends, teacher_ends)
         mapped.setdefault(*self.end_pair)
         self.student_end_ids = tuple(dict.fromkeys((self.end_pair[0], *student_ends)))
@@ -125,7 +128,8 @@ class TokenizerPair:
     ) -> Alignment:
         """Aligned units of a batch of responses, rows packed in order: every id of every response is one row.
 
-        The end-of-turn is always a unit of its own; a unit never holds a special token. `disjoint` fills `left_out`,
+        The end-of-turn is always a unit of its own ("anchored" may merge it with a mismatched stretch before it, as the
+        public code does); a unit never holds a special token. `disjoint` fills `left_out`,
         which `candidates="disjoint"` needs.
 
         Raises ValueError for batches of different sizes and for ids that are no integers or not in the vocabulary.

@@ -27,10 +27,21 @@ class ProgressBar(TrainerCallback):
         self.bar: Progress | None = None
 
     @classmethod
-    def install(cls, trainer: Trainer, console: Console) -> None:
+    def install(cls, trainer: Trainer, console: Console) -> "ProgressBar":
+        """Use it as a context manager around `trainer.train()`: the bar is taken down also if that fails."""
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(cls(console))
+        bar = cls(console)
+        trainer.add_callback(bar)
+        return bar
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -51,6 +62,4 @@ class ProgressBar(TrainerCallback):
             )
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
+        self.__exit__()

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 Prompt = str | list[dict[str, str]]
@@ -48,9 +49,9 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 
 def prompt_of(record: dict[str, Any]) -> Prompt:
     """The prompt of one record: `prompt`, or `messages` without a closing assistant turn. ValueError if there is none."""
-    if "prompt" in record:
+    if record.get("prompt") is not None:
         prompt, name = record["prompt"], "prompt"
-    elif "messages" in record:
+    elif record.get("messages") is not None:
         prompt, name = record["messages"], "messages"
         if (
             isinstance(prompt, list)
@@ -66,7 +67,8 @@ def prompt_of(record: dict[str, Any]) -> Prompt:
             raise ValueError("field 'prompt' is an empty string: expected text")
         return prompt
     if not isinstance(prompt, list) or not prompt:
-        raise ValueError(f"field {name!r} is {_short(record[name])}: expected a non-empty list of messages")
+        text_or = "text or " if name == "prompt" else ""
+        raise ValueError(f"field {name!r} is {_short(record[name])}: expected {text_or}a non-empty list of messages")
     for i, message in enumerate(prompt):
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise ValueError(f"field {name!r}, message {i} is {_short(message)}: expected strings 'role' and 'content'")
@@ -79,7 +81,22 @@ def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_for
     "chat" applies the tokenizer's own template (a string is one user message); "text" encodes the plain text (of messages: their
     contents, a line break between them); "auto" is "chat" where the tokenizer has a template and "text" where it has none.
     Never empty: a plain text that encodes to nothing starts with the beginning-of-text (or end-of-text) token.
+
+    Raises ValueError for an unknown format, a missing template, or a prompt that the template or the tokenizer refuses.
     """
+    try:
+        return _render(prompt, tokenizer, prompt_format)
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        UnicodeError,
+    ) as error:  # a template may refuse a role; a lone surrogate is no text
+        raise ValueError(
+            f"prompt {_short(prompt)} is refused by the tokenizer {tokenizer.name_or_path!r}: {error}"
+        ) from error
+
+
+def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> list[int]:
     if prompt_format not in PROMPT_FORMATS:
         raise ValueError(f"prompt_format is {prompt_format!r}: expected one of {', '.join(PROMPT_FORMATS)}")
     if prompt_format == "chat" and not tokenizer.chat_template:

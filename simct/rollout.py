@@ -5,6 +5,7 @@ An engine knows a model and its sampling settings; it knows no tokenizer, no tea
 `StaticBatching` (plain `generate` on left-padded batches, for models or devices that the first does not serve).
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class StaticBatching:
     def generate(self, prompts: list[list[int]], sampling: Sampling, *, seed: int) -> list[Response]:
         responses: list[Response | None] = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        with sampling_mode(self.model, seed):
+        with sampling_mode(self.model, seed), own_defaults_off(self.model):
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
                 width = max(len(prompts[i]) for i in chosen)
@@ -141,7 +142,8 @@ class ContinuousBatching:
 
     def _cache_config(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> ContinuousBatchingConfig:
         if self.model.device.type != "cpu":
-            return ContinuousBatchingConfig(seed=seed)  # sizes its cache by the free device memory
+            # The cache is sized by the free device memory. Flash attention has no float32 kernels.
+            return ContinuousBatchingConfig(seed=seed, auto_switch_to_flash=self.model.dtype != torch.float32)
         pages = sum(-(-(len(p) + sampling.max_new_tokens) // self.page_size) + 1 for p in prompts)
         prompt_tokens = max(256, max(map(len, prompts)))
         return ContinuousBatchingConfig(
@@ -164,6 +166,18 @@ def sampling_mode(model: PreTrainedModel, seed: int) -> Iterator[None]:
 
 
 @contextmanager
+def own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` fills what a configuration leaves open from the model's own (a repetition penalty, say): samples would then not be
+    the student's distribution."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
 def without_autocast(model: PreTrainedModel) -> Iterator[None]:
     """Takes off the autocast that accelerate wraps around a prepared model's forward: a paged cache has one dtype, the weights'."""
     wrapped = model.__dict__.get("forward")
@@ -179,19 +193,26 @@ def without_autocast(model: PreTrainedModel) -> Iterator[None]:
 
 
 def make_engine(model: PreTrainedModel, engine: str = "auto") -> RolloutEngine:
-    """The engine of that name. "auto": continuous batching on an accelerator where the model supports it, else static batches.
+    """The engine of that name. "auto": on an accelerator continuous batching if the model takes a two-token test of it, else
+    static batches; on a CPU static batches, the faster of the two there.
 
-    On a CPU, static batches are the faster of the two (no launch overhead to hide, and paged attention copies its cache).
     Raises ValueError for an unknown name, or for "continuous" with a model that transformers cannot serve so.
     """
     if engine not in ENGINES:
         raise ValueError(f"rollout_engine is {engine!r}: expected one of {', '.join(ENGINES)}")
-    supported = ContinuousBatchingConfig is not None and not model._is_stateful and not model.config.is_encoder_decoder
-    if engine == "continuous" and not supported:
-        raise ValueError(
-            f"rollout_engine is 'continuous', but {type(model).__name__} or this transformers does not support it: "
-            "expected 'static'"
-        )
-    if engine == "continuous" or (engine == "auto" and supported and model.device.type != "cpu"):
-        return ContinuousBatching(model)
+    if hasattr(model, "get_base_model"):  # PEFT: the adapters are inside the base model's layers
+        model = model.get_base_model()
+    if engine == "static" or (engine == "auto" and model.device.type == "cpu"):
+        return StaticBatching(model)
+    problem = "this transformers is too old for it"
+    if ContinuousBatchingConfig is not None:
+        try:
+            ContinuousBatching(model).generate([[0, 1]], Sampling(end_ids=(0,), pad_id=0, max_new_tokens=2), seed=0)
+            return ContinuousBatching(model)
+        except Exception as error:  # each architecture fails in its own way
+            problem = str(error)
+    message = f"{type(model).__name__} cannot be sampled from by continuous batching ({problem})"
+    if engine == "continuous":
+        raise ValueError(f"rollout_engine is 'continuous', but {message}: expected 'static'")
+    warnings.warn(f"{message}; using static batches", stacklevel=2)
     return StaticBatching(model)

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simct.checks import check_head, check_vocabulary
 from simct.hidden import PackedSequences, response_hidden_states
@@ -41,13 +41,3 @@ class LocalTeacher:
             return torch.empty(0, self.head.weight.shape[1], dtype=self.model.dtype, device=self.model.device)
         sequences = PackedSequences.build(prompts, responses, self.pad_id).to(self.model.device)
         return response_hidden_states(self.model, sequences)
-
-
-def load_model(model: str | PreTrainedModel, name: str, **kwargs) -> PreTrainedModel:
-    """A path or hub name loaded as a causal language model; a model is passed through. ValueError if it cannot be loaded."""
-    if not isinstance(model, str):
-        return model
-    try:
-        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{name} {model!r} cannot be loaded as a causal language model: {error}") from error

@@ -7,24 +7,32 @@ them and makes the gradient. Everything else (optimiser, schedule, checkpoints, 
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
-from simct.checks import check_disk_space, check_head, check_prompts, check_vocabulary, check_writable
+from simct.checks import (
+    check_datasets,
+    check_disk_space,
+    check_head,
+    check_records,
+    check_vocabulary,
+    check_writable,
+    context_length,
+)
 from simct.config import SimCTConfig
-from simct.hidden import PackedSequences, response_hidden_states
+from simct.hidden import PackedSequences, forward_through, response_hidden_states, under_autocast
+from simct.loading import load_model, load_tokenizer
 from simct.metrics import PhaseTimer, Ratios, peak_memory_gb, ratio_with_standard_error
 from simct.pair import Alignment, TokenizerPair
 from simct.prompts import prompt_of, render_prompt
 from simct.rollout import Sampling, make_engine
 from simct.samples import Samples, log_ratios
-from simct.teacher import LocalTeacher, load_model
+from simct.teacher import LocalTeacher
 from simct_kernels import AlignedUnits, LMHead, candidate_mass, linear_simct_loss, token_statistics
 
 
@@ -64,24 +72,22 @@ class SimCTTrainer(Trainer):
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process: expected one process for each (torchrun, accelerate launch)"
             )
-        check_prompts("train_dataset", train_dataset)
-        for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
-            check_prompts("eval_dataset", dataset)
-
+        check_datasets(train_dataset, eval_dataset)
         check_writable(args.output_dir)
+        set_seed(args.seed)  # before an adapter is initialised
 
         # Master weights in float32 unless the user says otherwise: at learning rates of 1e-6 bfloat16 weights would not move.
-        model = load_model(model, "student", **{"dtype": torch.float32, **(args.model_init_kwargs or {})})
-        processing_class = processing_class or AutoTokenizer.from_pretrained(model.name_or_path)
+        options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
+        model = load_model(model, "student", **options)
+        processing_class = load_tokenizer(processing_class, model, "student", **options)
         if not isinstance(teacher, LocalTeacher):
             dtype = torch.float32 if args.device.type == "cpu" else torch.bfloat16
-            teacher = load_model(teacher, "teacher", **{"dtype": dtype, **(args.teacher_model_init_kwargs or {})})
-            teacher_processing_class = teacher_processing_class or AutoTokenizer.from_pretrained(teacher.name_or_path)
-            teacher = LocalTeacher(teacher, teacher_processing_class)
+            options = {"dtype": dtype, **(args.teacher_model_init_kwargs or {})}
+            teacher = load_model(teacher, "teacher", **options)
+            if teacher is model:
+                raise ValueError("teacher is the student's own model object: it would be frozen, load it twice")
+            teacher = LocalTeacher(teacher, load_tokenizer(teacher_processing_class, teacher, "teacher", **options))
         check_vocabulary(model, processing_class, "student")
-        if args.save_strategy != "no":
-            check_disk_space(args.output_dir, model)
-        check_head(model, "student")
         self.teacher = teacher
         self.pair = TokenizerPair(
             processing_class,
@@ -91,11 +97,22 @@ class SimCTTrainer(Trainer):
             student_generation_config=model.generation_config,
             teacher_generation_config=teacher.model.generation_config,
             student_vocabulary_size=model.get_output_embeddings().weight.shape[0],
+            chat=args.prompt_format != "text",
         )
         if peft_config is not None:
             from peft import get_peft_model
 
+            if peft_config.is_prompt_learning:
+                raise ValueError(
+                    f"peft_config is {type(peft_config).__name__}: expected an adapter in the layers, such as LoRA"
+                )
             model = get_peft_model(model, peft_config)
+        check_head(model, "student")
+        check_disk_space(args, model)
+        sides = {"student": (model, processing_class), "teacher": (teacher.model, teacher.tokenizer)}
+        check_records("train_dataset", train_dataset, sides, args)
+        for part in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+            check_records("eval_dataset", part, sides, args)
 
         super().__init__(
             model=model,
@@ -115,7 +132,7 @@ class SimCTTrainer(Trainer):
         self.sampling = self._sampling(args.temperature, args.top_p)
         self.ratios = Ratios()
         self.phase = PhaseTimer(self.args.device)
-        self._start_window()
+        self.add_callback(StartOfWindow(self))
 
     # ---- Rollouts: once per optimiser step, for all its micro-batches together ----
 
@@ -129,7 +146,7 @@ class SimCTTrainer(Trainer):
             return [], None
         records = list(itertools.chain.from_iterable(batches))
         # A function of the step alone, so that a resumed run draws what an uninterrupted one would have drawn.
-        seed = self.args.seed + 1_000_003 * (self.state.global_step + 1) + self.args.process_index
+        seed = self._seed(self.state.global_step + 1)
         samples = self._sample(records, self.sampling, seed)
         ends = itertools.accumulate(map(len, batches))
         micro_batches = [
@@ -137,6 +154,10 @@ class SimCTTrainer(Trainer):
         ]
         tokens = torch.tensor(sum(map(len, samples.student_responses)), device=device)
         return micro_batches, self.accelerator.reduce(tokens, "sum")
+
+    def _seed(self, step: int) -> int:
+        """One for each run's seed, step and process."""
+        return (self.args.seed * 1_000_003 + step) * 8_191 + self.args.process_index
 
     def _sampling(self, temperature: float, top_p: float) -> Sampling:
         return Sampling(self.pair.student_end_ids, self.pad_id, self.args.max_new_tokens, temperature, top_p)
@@ -147,10 +168,14 @@ class SimCTTrainer(Trainer):
             [render_prompt(prompt, tokenizer, self.args.prompt_format) for prompt in prompts]
             for tokenizer in (self.processing_class, self.teacher.tokenizer)
         )
-        with self.phase("rollout"):
+        with self.phase("rollout"), self.accelerator.autocast():
             responses = self.engine.generate(student_prompts, sampling, seed=seed)
         with self.phase("align"):
             teacher_responses = self.pair.encode_teacher([response.token_ids for response in responses])
+            limit = context_length(self.teacher.model)
+            if limit < float("inf"):  # what does not fit the teacher's context is unsupervised, and counted so
+                pairs = zip(teacher_prompts, teacher_responses, strict=True)
+                teacher_responses = [response[: limit - len(prompt) + 1] for prompt, response in pairs]
         return Samples(student_prompts, teacher_prompts, responses, teacher_responses)
 
     def _micro_batch(self, samples: Samples) -> dict[str, Any]:
@@ -190,10 +215,7 @@ class SimCTTrainer(Trainer):
 
     def _student_loss(self, student: nn.Module, inputs: dict[str, Any], teacher_hidden: Tensor) -> Tensor:
         device = self.args.device
-        student_hidden = response_hidden_states(student, inputs["packed"].to(device))
-        head = LMHead.from_model(student)
-        if torch.is_autocast_enabled(device.type):
-            student_hidden, head = under_autocast(student_hidden, head, torch.get_autocast_dtype(device.type))
+        student_hidden, head = self._student_rows(student, inputs["packed"])
         alignment: Alignment = inputs["alignment"]
         if self.args.units == "single":
             alignment = alignment.single()
@@ -215,10 +237,22 @@ class SimCTTrainer(Trainer):
                 self._record_statistics(inputs, units, student_hidden.detach(), head, teacher_hidden)
         return loss
 
+    def _student_rows(self, student: nn.Module, packed: PackedSequences) -> tuple[Tensor, LMHead]:
+        """The student's hidden rows and head, in the precision of the run (bf16 and fp16 are autocast, as in the Trainer)."""
+        with self.accelerator.autocast():
+            hidden = response_hidden_states(student, packed.to(self.args.device))
+            head = LMHead.from_model(student)
+            if torch.is_autocast_enabled(self.args.device.type):
+                hidden, head = under_autocast(hidden, head, torch.get_autocast_dtype(self.args.device.type))
+        return hidden, head
+
     # ---- Metrics ----
 
     def _logs_this_step(self) -> bool:
-        """Whether the statistics over the whole vocabulary are worth their time: only what is about to be logged is measured."""
+        """Whether the statistics over the whole vocabulary are worth their time: only what is about to be logged is measured
+        (with logging_strategy="epoch" every step, since the last one is not known)."""
+        if self.args.logging_strategy == "no":
+            return False
         step = self.state.global_step + 1
         every = self.state.logging_steps
         return (
@@ -228,6 +262,11 @@ class SimCTTrainer(Trainer):
     def _record_units(self, samples: Samples, packed: PackedSequences, units: Alignment, unit_losses: Tensor) -> None:
         """Everything here is on the CPU: one copy from the device a micro-batch."""
         add, count = self.ratios.add, self.ratios.count
+        reasons = dict(units.dropped)
+        if self.args.teacher_mass_floor is not None:  # a masked unit has no loss at all
+            masked = unit_losses == 0
+            reasons["teacher_mass_floor"] = int(units.student_length[masked].sum())
+            units, unit_losses = units.select(~masked), unit_losses[~masked]
         single = (units.student_length == 1) & (units.teacher_length == 1)
         tokens, in_single = len(units.student_tokens), int(single.sum())
         in_longer = int(units.student_length[~single].sum())
@@ -240,7 +279,6 @@ class SimCTTrainer(Trainer):
         add("tokens/single", in_single, per="tokens")
         add("tokens/longer", in_longer, per="tokens")
         add("tokens/unsupervised", tokens - in_single - in_longer, per="tokens")
-        reasons = dict(units.dropped)
         if self.args.units == "single":
             reasons["longer_unit"] = tokens - in_single - sum(reasons.values())
         for reason, lost in reasons.items():
@@ -269,7 +307,8 @@ class SimCTTrainer(Trainer):
         teacher = token_statistics(teacher_hidden, self.teacher.head, units.teacher_tokens)
         self.ratios.count("measured tokens", len(student.entropy))
         self.ratios.add("response/entropy", student.entropy.sum(), per="measured tokens")
-        mass = candidate_mass(teacher_hidden, self.teacher.head, units, self.shared, score=self.args.score)
+        options = {"score": self.args.score, "candidates": self.args.candidates}
+        mass = candidate_mass(teacher_hidden, self.teacher.head, units, self.shared, **options)
         self.ratios.count("measured units", len(mass))
         self.ratios.add("teacher_mass", mass.sum(), per="measured units")
         ratios, lengths = log_ratios(self.pair, inputs["samples"], student.logprob, teacher.logprob)
@@ -311,25 +350,27 @@ class SimCTTrainer(Trainer):
         if isinstance(dataset, dict):
             parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
             return {name: value for part in parts for name, value in part.items()}
-        check_prompts("eval_dataset", dataset, required=True)
+        if dataset is None:
+            raise ValueError("eval_dataset is None: expected records with a prompt or messages")
+        check_datasets(None, dataset)
+        if self.is_in_train:  # an evaluation between two logs is no part of their training time
+            self._record_time()
         started = time.perf_counter()
         student = self.accelerator.unwrap_model(self.model)
         records = [dataset[i] for i in range(self.args.process_index, len(dataset), self.args.world_size)]
-        samples = self._sample(records, self._sampling(1.0, 1.0), self.args.seed + self.args.process_index)
+        samples = self._sample(records, self._sampling(1.0, 1.0), self._seed(0))
         training = student.training
         student.eval()
         rows = []  # one of each response: log ratio, bytes, tokens, whether it ended
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(records), size):
             part = samples[start : start + size]
-            packed = PackedSequences.build(part.student_prompts, part.student_responses, self.pad_id).to(
-                self.args.device
-            )
+            packed = PackedSequences.build(part.student_prompts, part.student_responses, self.pad_id)
             student_tokens, teacher_tokens = (
                 torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int64, device=self.args.device)
                 for ids in (part.student_responses, part.teacher_responses)
             )
-            ours = token_statistics(response_hidden_states(student, packed), LMHead.from_model(student), student_tokens)
+            ours = token_statistics(*self._student_rows(student, packed), student_tokens)
             hidden = self.teacher.hidden_states(part.teacher_prompts, part.teacher_responses)
             theirs = token_statistics(hidden, self.teacher.head, teacher_tokens)
             ratios, lengths = log_ratios(self.pair, part, ours.logprob, theirs.logprob)
@@ -356,25 +397,12 @@ class SimCTTrainer(Trainer):
         return metrics
 
 
-def forward_through(wrapper: nn.Module, module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
-    """Runs `compute` inside `wrapper`'s forward (DistributedDataParallel and FSDP prepare their gradient hooks there), although
-    it calls parts of `module` and not `module` itself."""
-    if wrapper is module:
-        return compute()
-    original = module.forward
+class StartOfWindow(TrainerCallback):
+    """Starts the first logging window where training starts: the step is known by then, also of a resumed run."""
 
-    def once(*args, **kwargs):
-        module.forward = original
-        return compute()
+    def __init__(self, trainer: SimCTTrainer) -> None:
+        self.trainer = trainer
 
-    module.forward = once
-    try:
-        return wrapper()
-    finally:
-        module.forward = original
-
-
-def under_autocast(hidden: Tensor, head: LMHead, dtype: torch.dtype) -> tuple[Tensor, LMHead]:
-    """What autocast would do to a linear layer: its operands in the low precision, gradients back to the masters."""
-    bias = head.bias if head.bias is None else head.bias.to(dtype)
-    return hidden.to(dtype), replace(head, weight=head.weight.to(dtype), bias=bias)
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.ratios.flush()
+        self.trainer._start_window()

@@ -76,6 +76,12 @@ def test_demo_improves_the_student_and_repeats_itself(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_the_demo_needs_steps_and_a_folder_to_write_to(simct, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "--steps is 0" in simct("demo", "--steps", 0, code=2)
+    assert "cannot be written" in simct("demo", "--output", "file/demo", code=2)
+
+
 def test_train_with_held_out_prompts(simct, tmp_path, data):
     output = simct(
         "train", "--student", STUDENT, "--teacher", TEACHER, "--data", data, "--output_dir", tmp_path / "run",
@@ -120,6 +126,9 @@ def test_inspect(simct, tmp_path):
         ({"--config": "missing.yaml"}, "config file 'missing.yaml' does not exist"),
         ({"--special_tokens": '{"<eos>": "<nothing>"}'}, "special_tokens names '<nothing>'"),
         ({"--eval_prompts": "800"}, "eval_prompts is 800"),
+        ({"--resume_from_checkpoint": "latest"}, "resume_from_checkpoint is 'latest'"),
+        ({"--model_init_kwargs": '{"dtype": "floaty"}'}, "student"),
+        ({"--teacher_model_init_kwargs": "{dtype}"}, "teacher_model_init_kwargs is '{dtype}'"),
     ],
 )
 def test_bad_input_ends_before_any_work(simct, tmp_path, data, changes, message):

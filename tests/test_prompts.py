@@ -29,7 +29,7 @@ def test_reads_strings_messages_and_conversations(tmp_path):
         ("[1, 2]", "line 2: expected a JSON object, got list"),
         ({"text": "x"}, r"line 2: expected a field 'prompt' or 'messages', found only \['text'\]"),
         ({"prompt": ""}, "line 2: field 'prompt' is an empty string"),
-        ({"prompt": 3}, "line 2: field 'prompt' is 3: expected a non-empty list"),
+        ({"prompt": 3}, "line 2: field 'prompt' is 3: expected text or a non-empty list"),
         ({"messages": []}, "line 2: field 'messages' is"),
         ({"messages": [{"role": "user"}]}, "line 2: field 'messages', message 0"),
         ({"messages": [{"role": "assistant", "content": "alone"}]}, "line 2: field 'messages'"),

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from simct.prompts import render_prompt
 from simct.rollout import ContinuousBatching, Response, Sampling, StaticBatching, make_engine
@@ -63,6 +64,26 @@ def test_the_callers_mode_and_random_state_come_back(engine, demo_student, demo_
     make_engine(demo_student, engine).generate(prompts, sampling(demo_tokenizers[0]), seed=0)
     assert torch.equal(torch.rand(4), expected)
     assert demo_student.training
+
+
+@pytest.mark.parametrize("engine", ["continuous", "static"])
+def test_the_models_own_sampling_defaults_are_not_used(engine, demo_student, demo_tokenizers, prompts):
+    engine = make_engine(demo_student, engine)
+    plain = engine.generate(prompts, sampling(demo_tokenizers[0]), seed=7)
+    demo_student.generation_config.update(repetition_penalty=1.7, min_p=0.4, min_new_tokens=20)
+    own = demo_student.generation_config
+    assert engine.generate(prompts, sampling(demo_tokenizers[0]), seed=7) == plain
+    assert demo_student.generation_config is own
+
+
+def test_a_model_that_continuous_batching_cannot_serve_is_refused():
+    config = GPTNeoXConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = GPTNeoXForCausalLM(config)
+    with pytest.raises(ValueError, match="GPTNeoXForCausalLM cannot be sampled from by continuous batching"):
+        make_engine(model, "continuous")
+    assert isinstance(make_engine(model, "auto"), StaticBatching)
 
 
 def test_no_prompts(demo_student, demo_tokenizers):

@@ -152,17 +152,38 @@ class StopAt(TrainerCallback):
 
 
 def test_distillation_lowers_the_reverse_kl(tmp_path):
-    arguments = config(tmp_path, max_steps=12, per_device_train_batch_size=16, logging_steps=6, max_new_tokens=32)
-    trainer = SimCTTrainer(STUDENT, TEACHER, arguments, PROMPTS, HELD_OUT)
+    held_out = read_prompts(ASSETS / "eval.jsonl") * 2
+    arguments = config(
+        tmp_path, max_steps=40, per_device_train_batch_size=32, per_device_eval_batch_size=50, logging_steps=20,
+        max_new_tokens=48, learning_rate=5e-4,
+    )  # fmt: skip
+    trainer = SimCTTrainer(STUDENT, TEACHER, arguments, read_prompts(ASSETS / "train.jsonl"), held_out)
     before = trainer.evaluate()
     assert before == {**trainer.evaluate(), "eval_runtime": before["eval_runtime"]}
     trainer.train()
     after = trainer.evaluate()
-    assert after["eval_samples"] + after["eval_samples_unscored"] == len(HELD_OUT)
-    assert (
-        after["eval_reverse_kl_per_byte"]
-        < before["eval_reverse_kl_per_byte"] - before["eval_reverse_kl_per_byte_stderr"]
-    )
+    assert after["eval_samples"] + after["eval_samples_unscored"] == len(held_out)
+    name = "eval_reverse_kl_per_byte"
+    error = math.hypot(before[f"{name}_stderr"], after[f"{name}_stderr"])
+    assert after[name] < before[name] - 2 * error
+
+
+def test_the_best_checkpoint_is_the_one_of_least_reverse_kl(tmp_path):
+    arguments = config(
+        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, logging_steps=4,
+        load_best_model_at_end=True, save_total_limit=1,
+    )  # fmt: skip
+    trainer = SimCTTrainer(STUDENT, TEACHER, arguments, PROMPTS, HELD_OUT)
+    trainer.train()
+    evaluations = [row for row in trainer.state.log_history if "eval_reverse_kl_per_byte" in row]
+    best = min(evaluations, key=lambda row: row["eval_reverse_kl_per_byte"])
+    assert [row["step"] for row in evaluations] == [2, 4]
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best['step']}")
+    # The phases of four steps, without the evaluations' rollouts.
+    (row,) = logs(trainer)
+    seconds = sum(value for name, value in row.items() if name.startswith("seconds/") and name != "seconds/other")
+    evaluating = sum(row["eval_runtime"] for row in evaluations)
+    assert 0 < seconds * 4 < trainer.state.log_history[-1]["train_runtime"] - evaluating
 
 
 def test_the_teacher_is_frozen_and_its_head_never_applied(tmp_path, demo_teacher):
@@ -211,6 +232,41 @@ def test_options_reach_the_loss(tmp_path, options):
         )
 
 
+@pytest.mark.parametrize("engine", ["static", "continuous"])
+def test_mixed_precision_reaches_the_student(tmp_path, engine):
+    arguments = config(tmp_path, max_steps=1, bf16=True, rollout_engine=engine)
+    trainer = SimCTTrainer(STUDENT, TEACHER, arguments, PROMPTS)
+    seen = set()
+    layer = trainer.model.model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda module, args, output: seen.add((module.training, output.dtype)))
+    trainer.train()
+    # Sampling is in evaluation mode; a paged cache keeps the weights' precision.
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16 if engine == "static" else torch.float32)}
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+def test_units_under_the_mass_floor_count_as_unsupervised(tmp_path):
+    (row,) = logs(trained(tmp_path, max_steps=1, teacher_mass_floor=0.9))
+    plain = logs(trained(tmp_path, max_steps=1))[0]
+    assert 0 < row["unsupervised/teacher_mass_floor"] < 1
+    assert row["tokens/unsupervised"] == pytest.approx(
+        row["unsupervised/teacher_mass_floor"] + plain["tokens/unsupervised"]
+    )
+    assert row["tokens/single"] < plain["tokens/single"]
+
+
+def test_what_does_not_fit_the_teachers_context_is_counted(tmp_path, demo_teacher, demo_tokenizers):
+    teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+    teacher.config.max_position_embeddings = 12
+    prompts = [{"prompt": "Return the"}] * 8
+    arguments = config(tmp_path, max_steps=1, per_device_train_batch_size=8, max_new_tokens=24)
+    trainer = SimCTTrainer(STUDENT, teacher, arguments, prompts, teacher_processing_class=demo_tokenizers[1])
+    trainer.train()
+    (row,) = logs(trainer)
+    assert row["tokens/unsupervised"] > 0 and math.isfinite(row["loss"])
+    assert row["tokens/single"] + row["tokens/longer"] + row["tokens/unsupervised"] == pytest.approx(1)
+
+
 def test_lora_trains_the_adapter_and_leaves_the_head(tmp_path):
     from peft import LoraConfig
 
@@ -219,6 +275,11 @@ def test_lora_trains_the_adapter_and_leaves_the_head(tmp_path):
     trainer = SimCTTrainer(
         model, TEACHER, config(tmp_path), PROMPTS, peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
     )
+    other = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32)
+    again = SimCTTrainer(
+        other, TEACHER, config(tmp_path), PROMPTS, peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
+    )
+    assert_same_weights(trainer, again)  # the adapter's first weights are drawn with the run's seed
     adapters = {n: p.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert adapters and all("lora" in name for name in adapters)
     trainer.train()
@@ -241,6 +302,14 @@ def test_bad_input_is_named_before_any_work(tmp_path, demo_tokenizers):
         SimCTTrainer(STUDENT, TEACHER, arguments, [])
     with pytest.raises(ValueError, match="train_dataset, record 0: expected a field 'prompt' or 'messages'"):
         SimCTTrainer(STUDENT, TEACHER, arguments, [{"text": "x"}])
+    with pytest.raises(ValueError, match="train_dataset, record 2: field 'prompt' is 3: expected text or"):
+        SimCTTrainer(STUDENT, TEACHER, arguments, [*PROMPTS[:2], {"prompt": 3}])
+    with pytest.raises(ValueError, match="train_dataset, record 1: prompt .* is refused by the tokenizer"):
+        SimCTTrainer(STUDENT, TEACHER, arguments, [PROMPTS[0], {"prompt": "half a character \ud800"}])
+    with pytest.raises(ValueError, match="record 0: the prompt has 1001 student tokens.* the student's context of 512"):
+        SimCTTrainer(STUDENT, TEACHER, arguments, [{"prompt": "word " * 500}])
+    with pytest.raises(ValueError, match="eval_dataset is a generator without a length"):
+        SimCTTrainer(STUDENT, TEACHER, arguments, PROMPTS, (record for record in PROMPTS))
     with pytest.raises(ValueError, match="student '/nowhere' cannot be loaded"):
         SimCTTrainer("/nowhere", TEACHER, arguments, PROMPTS)
 
@@ -265,6 +334,8 @@ def test_bad_input_is_named_before_any_work(tmp_path, demo_tokenizers):
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"loss_temperature": 0.0}, "loss_temperature is 0.0"),
         ({"top_k": 0}, "top_k is 0"),
+        ({"teacher_mass_floor": 2.0}, "teacher_mass_floor is 2.0"),
+        ({"chunk_rows": -1}, "chunk_rows is -1"),
         ({"special_tokens": "none"}, "special_tokens is 'none'"),
     ],
 )

@@ -14,13 +14,14 @@ SENTENCE = "Return the codec's StreamWriter for UTF-8.\nIt is unnecessarily slow
 def run_demo(
     output: Path, *, steps: int = 100, seed: int = 0, console: Console | None = None
 ) -> dict[str, dict[str, float]]:
-    """Shows the pair, distils the student and compares it before and after on held-out prompts.
+    """Shows the pair, distils the student and compares it before and after on two responses to each held-out prompt.
 
     Writes `output/student` (a folder that `AutoModelForCausalLM.from_pretrained` loads) and `output/curves.png`. Returns the two
     evaluations, {"before": ..., "after": ...}. One seed gives the same numbers on one machine.
     """
     console = console or Console()
 
+    import torch
     from transformers.utils import logging
 
     from simct.config import SimCTConfig
@@ -29,6 +30,7 @@ def run_demo(
     from simct.prompts import read_prompts
     from simct.trainer import SimCTTrainer
 
+    torch.set_num_threads(1)  # small matrices: more threads would not be faster, and the numbers would depend on them
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     config = SimCTConfig(
@@ -36,7 +38,7 @@ def run_demo(
         max_steps=steps,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=50,
-        learning_rate=1e-3,
+        learning_rate=5e-4,
         temperature=1.0,
         top_p=1.0,
         max_new_tokens=48,
@@ -47,14 +49,14 @@ def run_demo(
     )
     prompts, held_out = read_prompts(ASSETS / "train.jsonl"), read_prompts(ASSETS / "eval.jsonl")
     console.print("Loading the demo's teacher (Llama, byte-level BPE) and student (Gemma-2, SentencePiece style) ...")
-    trainer = SimCTTrainer(str(ASSETS / "student"), str(ASSETS / "teacher"), config, prompts, held_out)
-    ProgressBar.install(trainer, console)
+    trainer = SimCTTrainer(str(ASSETS / "student"), str(ASSETS / "teacher"), config, prompts, 2 * held_out)
+    bar = ProgressBar.install(trainer, console)
 
     console.print(pair_table(trainer.pair, trainer.processing_class, trainer.teacher.tokenizer))
     console.print(
         "\nOne text, cut by both tokenizers ([green]1:1[/] SimpleOPD and SimCT, [yellow]longer[/] SimCT only):"
     )
-    console.print(cut_text(trainer.pair, SENTENCE), soft_wrap=True)
+    console.print(cut_text(trainer.pair, SENTENCE, console.width), soft_wrap=True)
     console.print()
     texts = [record["prompt"] for record in held_out]
     console.print(coverage_table(trainer.pair.coverage(texts)))
@@ -64,7 +66,8 @@ def run_demo(
     )
     with console.status("evaluating on held-out prompts"):
         before = trainer.evaluate()
-    trainer.train()
+    with bar:
+        trainer.train()
     with console.status("evaluating on held-out prompts"):
         after = trainer.evaluate()
     student, curves = output / "student", output / "curves.png"

@@ -174,7 +174,7 @@ def prompts(held_out: list[str], corpus: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher-steps", type=int, default=3000)
-    parser.add_argument("--student-steps", type=int, default=600)
+    parser.add_argument("--student-steps", type=int, default=2000)
     args = parser.parse_args()
     ASSETS.mkdir(exist_ok=True)
     corpus = paragraphs()
