@@ -119,8 +119,10 @@ def train(argv: list[str]) -> None:
     after = evaluate(trainer) if held_out else None
     trainer.save_model()
     if trainer.is_world_process_zero():
+        if before:
+            trainer.state.log_history.insert(0, {"step": 0, **before})
         curves = Path(config.output_dir) / "curves.png"
-        plot_curves([{"step": 0, **(before or {})}, *trainer.state.log_history], curves)
+        plot_curves(trainer.state.log_history, curves)
         trainer.state.save_to_json(str(Path(config.output_dir) / "trainer_state.json"))
         if before and after:
             console.print(evaluation_table(before, after))
@@ -196,7 +198,7 @@ def inspect_pair(student: str, teacher: str, text: Path | None) -> None:
         raise UsageError(error) from error
     console.print(pair_table(pair, *sides))
     console.print(coverage_table(pair.coverage(texts)))
-    console.print(cut_text(pair, texts[0][:400], console.width), soft_wrap=True)
+    console.print(cut_text(pair.cut(texts[0][:400]), console.width), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from simct.coverage import Coverage
-from simct.pair import TokenizerPair
+from simct.pair import Cut, TokenizerPair
 
 RULES = {
     "simpleopd_public": "SimpleOPD, public code (strings)",
@@ -66,13 +66,13 @@ def coverage_table(coverage: Coverage) -> Table:
     return table
 
 
-def cut_text(pair: TokenizerPair, text: str, width: int = 80) -> Text:
-    """One text cut by both tokenizers, unit above unit in lines of at most `width` cells: green 1:1, yellow longer, red without
-    supervision."""
+def cut_text(cuts: list[Cut], width: int = 80) -> Text:
+    """One text, cut by both tokenizers (`TokenizerPair.cut`), unit above unit in lines of at most `width` cells, and how
+    many of its tokens each method supervises. Green: 1:1, yellow: longer, red: without supervision."""
     lines: list[Text] = []
     student, teacher = Text("student  "), Text("teacher  ")
-    for cut in pair.cut(text):
-        kind = "lost" if not cut.aligned else "single" if len(cut.student) == len(cut.teacher) == 1 else "longer"
+    for cut in cuts:
+        kind = kind_of(cut)
         ours, theirs = ("│".join(map(show_bytes, side)) for side in (cut.student, cut.teacher))
         cell = max(cell_len(ours), cell_len(theirs))
         if student.cell_len + cell >= width and student.cell_len > len("student  "):
@@ -81,7 +81,15 @@ def cut_text(pair: TokenizerPair, text: str, width: int = 80) -> Text:
         for line, shown in (student, ours), (teacher, theirs):
             line.append(shown + " " * (cell - cell_len(shown)), style=STYLES[kind])
             line.append(" ")
-    return Text("\n").join([*lines, student, teacher])
+    single, longer, lost = (sum(len(c.student) for c in cuts if kind_of(c) == kind) for kind in STYLES)
+    total = single + longer + lost
+    summary = f"Of {total} student tokens SimpleOPD supervises {single}, SimCT {single + longer}."
+    return Text("\n").join([*lines, student, teacher, Text(summary)])
+
+
+def kind_of(cut: Cut) -> str:
+    """A key of STYLES."""
+    return "lost" if not cut.aligned else "single" if len(cut.student) == len(cut.teacher) == 1 else "longer"
 
 
 def evaluation_table(before: dict[str, float], after: dict[str, float]) -> Table:

@@ -91,6 +91,7 @@ def test_train_with_held_out_prompts(simct, tmp_path, data):
     assert (tmp_path / "run" / "model.safetensors").exists() and (tmp_path / "run" / "curves.png").exists()
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert [row["step"] for row in history if "loss" in row] == [1, 2]
+    assert [row["step"] for row in history if "eval_reverse_kl_per_byte" in row] == [0, 2]
 
 
 def test_train_from_a_yaml_file_with_the_command_line_on_top(simct, tmp_path, data):

@@ -56,7 +56,7 @@ def run_demo(
     console.print(
         "\nOne text, cut by both tokenizers ([green]1:1[/] SimpleOPD and SimCT, [yellow]longer[/] SimCT only):"
     )
-    console.print(cut_text(trainer.pair, SENTENCE, console.width), soft_wrap=True)
+    console.print(cut_text(trainer.pair.cut(SENTENCE), console.width), soft_wrap=True)
     console.print()
     texts = [record["prompt"] for record in held_out]
     console.print(coverage_table(trainer.pair.coverage(texts)))
