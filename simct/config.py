@@ -68,7 +68,7 @@ class SimCTConfig(TrainingArguments):
     special_tokens: dict | str | None = option(
         "auto", "Student to teacher special tokens, as JSON; auto maps the end of turn."
     )
-    backend: str = option("auto", "Backend of the loss: auto, torch or reference.")
+    backend: str = option("auto", "Backend of the loss: auto, triton, torch or reference.")
     chunk_rows: int | None = option(
         None, "Rows of logits that the loss holds at a time; chosen by device if not given."
     )

@@ -34,6 +34,7 @@ from simct.rollout import Sampling, make_engine
 from simct.samples import Samples, log_ratios
 from simct.teacher import LocalTeacher
 from simct_kernels import AlignedUnits, LMHead, candidate_mass, linear_simct_loss, token_statistics
+from simct_kernels.backends import choose as choose_backend
 
 
 class SimCTTrainer(Trainer):
@@ -74,6 +75,7 @@ class SimCTTrainer(Trainer):
             )
         check_datasets(train_dataset, eval_dataset)
         check_writable(args.output_dir)
+        choose_backend(args.backend, args.device.type)
         set_seed(args.seed)  # before an adapter is initialised
 
         # Master weights in float32 unless the user says otherwise: at learning rates of 1e-6 bfloat16 weights would not move.

@@ -1,6 +1,6 @@
 """SimCT (arXiv 2605.07711), distillation across tokenizers: its losses on logits, or on hidden states and heads."""
 
-from .functional import linear_simct_loss, simct_loss
+from .functional import linear_simct_loss, simct_loss, topk_candidate_counts, topk_simct_loss
 from .inputs import AlignedUnits, LMHead, SharedVocabulary
 from .statistics import TokenStatistics, candidate_mass, token_statistics
 
@@ -13,4 +13,6 @@ __all__ = [
     "linear_simct_loss",
     "simct_loss",
     "token_statistics",
+    "topk_candidate_counts",
+    "topk_simct_loss",
 ]

@@ -6,6 +6,8 @@ when SharedVocabulary and AlignedUnits were built.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,10 @@ def check_units(units: AlignedUnits, shared: SharedVocabulary, options: LossOpti
         raise ValueError(f"shared is on {shared.student_ids.device}, but units are on {units.student_start.device}")
     if units.max_left_out >= len(shared):
         raise ValueError(f"units.left_out names shared index {units.max_left_out}, but shared has {len(shared)} pairs")
-    # Reading whether there is a continuation waits for a GPU; it happens in this misuse only.
+
+
+def check_left_out(units: AlignedUnits, shared: SharedVocabulary, options: LossOptions) -> None:
+    """The one check that may wait for a GPU, and cannot be traced: in the misuse that it looks for only."""
     if options.candidates == "disjoint" and units.left_out is None and units.has_continuation(shared).any():
         raise ValueError('units.left_out is None, but candidates="disjoint" needs it where a unit has a continuation')
 
@@ -41,10 +46,54 @@ def check_hidden(name: str, hidden: Tensor, head_name: str, head: LMHead, units:
         )
 
 
+def whole_head(name: str, head: LMHead) -> LMHead:
+    """The head, gathered if it is sharded and frozen. Raises ValueError for a sharded head that is trained.
+
+    How the gradient of a gathered weight is to be summed over the ranks depends on what the ranks are to each other,
+    which only the caller knows.
+    """
+    tensors = {"weight": getattr(head, "weight", None), "bias": getattr(head, "bias", None)}
+    sharded = {part: tensor for part, tensor in tensors.items() if hasattr(tensor, "full_tensor")}
+    if not sharded:
+        return head
+    for part, tensor in sharded.items():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}.{part} is a DTensor that needs a gradient: compute the loss where FSDP holds the head unsharded "
+                "(inside the wrapped module's forward, or between its unshard() and reshard()), or pass "
+                f"{part}.full_tensor(grad_placements=...) with the placement of your ranks' gradients"
+            )
+    return dataclasses.replace(head, **{part: tensor.full_tensor() for part, tensor in sharded.items()})
+
+
+def check_served(ids: Tensor, logprobs: Tensor, units: AlignedUnits, token_logprobs: Tensor | None = None) -> None:
+    """Refuses what is not [N_t, k] ids and log-probabilities, and [N_t] log-probabilities of the teacher's tokens."""
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[1] == 0:
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"teacher_topk_ids must be int64 [N_t, k] with k >= 1, got {got}")
+    if ids.device != units.student_start.device:
+        raise ValueError(f"teacher_topk_ids is on {ids.device}, but units are on {units.student_start.device}")
+    check_rows("teacher_topk_ids", ids, "teacher", units)
+    check_matrix("teacher_topk_logprobs", logprobs, units)
+    if logprobs.shape != ids.shape:
+        raise ValueError(
+            f"teacher_topk_logprobs must be {list(ids.shape)} as teacher_topk_ids, got {list(logprobs.shape)}"
+        )
+    if token_logprobs is not None:
+        name = "teacher_token_logprobs"
+        if not isinstance(token_logprobs, Tensor) or token_logprobs.dim() != 1:
+            got = list(token_logprobs.shape) if isinstance(token_logprobs, Tensor) else type(token_logprobs).__name__
+            raise ValueError(f"{name} must be [N_t] = [{len(ids)}], got {got}")
+        check_matrix(name, token_logprobs[:, None], units)
+        check_rows(name, token_logprobs, "teacher", units)
+
+
 def check_matrix(name: str, matrix: Tensor, units: AlignedUnits | None) -> None:
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.dim() != 2:
         got = f"{matrix.dtype} {list(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
         raise ValueError(f"{name} must be a floating point tensor of two dimensions, got {got}")
+    if hasattr(matrix, "full_tensor"):
+        raise ValueError(f"{name} is a DTensor: pass this rank's rows, {name}.to_local(), or {name}.full_tensor()")
     if matrix.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise ValueError(f"{name} must be bfloat16, float16, float32 or float64, got {matrix.dtype}")
     if units is not None and matrix.device != units.student_start.device:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import reference, torch_backend
-from .checks import check_chunk_rows, check_hidden, check_ids, check_matrix, check_rows, check_units
+from . import backends, ops, topk
+from .checks import (
+    check_chunk_rows,
+    check_hidden,
+    check_ids,
+    check_left_out,
+    check_matrix,
+    check_rows,
+    check_served,
+    check_units,
+    whole_head,
+)
 from .inputs import AlignedUnits, LMHead, SharedVocabulary
 from .options import REDUCTIONS, LossOptions, check_choice
-
-# The one list of backends. Each is a module with `simct_loss` and `linear_simct_loss` as in `reference`.
-BACKENDS: dict[str, ModuleType] = {"torch": torch_backend, "reference": reference}
 
 
 def simct_loss(
@@ -37,15 +45,14 @@ def simct_loss(
     (bf16, fp16, fp32 or fp64, each side its own).
     """
     options = LossOptions(beta, temperature, score, candidates, top_k, teacher_mass_floor)
-    chosen = _choose_backend(backend)
     check_choice("reduction", reduction, REDUCTIONS)
     check_units(units, shared, options)
     for side, logits in (("student", student_logits), ("teacher", teacher_logits)):
         check_matrix(f"{side}_logits", logits, units)
         check_rows(f"{side}_logits", logits, side, units)
         check_ids(f"{side}_logits", logits.shape[1], side, units, shared)
-    summed = reduction != "none"
-    loss, unit_losses = chosen.simct_loss(student_logits, teacher_logits, units, shared, options, summed=summed)
+    arguments = (student_logits, teacher_logits, units, shared, options)
+    loss, unit_losses = _call("simct_loss", arguments, backend, summed=reduction != "none")
     return _reduce(loss, unit_losses, reduction, return_unit_losses)
 
 
@@ -100,34 +107,121 @@ def linear_simct_loss(
             range, a backend that is not installed.
     """
     options = LossOptions(beta, temperature, score, candidates, top_k, teacher_mass_floor)
-    chosen = _choose_backend(backend)
     check_choice("reduction", reduction, REDUCTIONS)
     check_chunk_rows(chunk_rows)
     check_units(units, shared, options)
+    student_head, teacher_head = whole_head("student_head", student_head), whole_head("teacher_head", teacher_head)
     sides = (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head))
     for side, hidden, head in sides:
         check_hidden(f"{side}_hidden", hidden, f"{side}_head", head, units)
         check_rows(f"{side}_hidden", hidden, side, units)
         check_ids(f"{side}_head", head.weight.shape[0], side, units, shared)
-    loss, unit_losses = chosen.linear_simct_loss(
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        units,
-        shared,
-        options,
+    arguments = (student_hidden, student_head, teacher_hidden, teacher_head, units, shared, options)
+    loss, unit_losses = _call(
+        "linear_simct_loss", arguments, backend, summed=reduction != "none", chunk_rows=chunk_rows
+    )
+    return _reduce(loss, unit_losses, reduction, return_unit_losses)
+
+
+def topk_simct_loss(
+    student_hidden: Tensor,  # [N_s, H_s]
+    student_head: LMHead,
+    teacher_topk_ids: Tensor,  # int64 [N_t, k]
+    teacher_topk_logprobs: Tensor,  # [N_t, k]
+    teacher_token_logprobs: Tensor,  # [N_t]
+    units: AlignedUnits,
+    shared: SharedVocabulary,
+    *,
+    beta: float = 1.0,
+    temperature: float = 1.0,
+    score: str = "mean_logprob",
+    candidates: str = "paper",
+    top_k: int | None = None,
+    teacher_mass_floor: float | None = None,
+    reduction: str = "sum",
+    backend: str = "auto",
+    chunk_rows: int | str = "auto",
+    return_unit_losses: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """SimCT's loss (arXiv 2605.07711, Eq. 7 to 9) for a served teacher, of which the k best log-probabilities are known.
+
+    A unit's candidates are the shared tokens among the teacher's k best at the unit's first row and, where there is
+    one, the continuation, whose score is the mean (or sum) of the teacher's log-probabilities of its own tokens. A
+    single unit's own token is a candidate only if it is among the k. A unit without a candidate has loss 0 and no
+    gradient, like one with a single candidate: `topk_candidate_counts` tells which. With k = V_t this is
+    `linear_simct_loss`, which see for what is not said here.
+
+    Args:
+        teacher_topk_ids: row i's k most probable tokens, in any order; a repeated id counts once. Entries with id -1,
+            or with log-probability -inf, are padding. Ids that are not shared are passed over.
+        teacher_topk_logprobs: their log-probabilities over the teacher's whole vocabulary at temperature 1, in bf16,
+            fp16, fp32 or fp64; the computation is in float64 only if student_hidden or the head is.
+        teacher_token_logprobs: the log-probability of `units.teacher_tokens[i]` at row i. Only rows of units with a
+            continuation are read.
+        score: "mean_logprob" or "sum_logprob"; a served teacher has no logits for "mean_logit".
+        top_k: of these candidates.
+        backend: "auto", "torch" or "reference".
+
+    Raises:
+        ValueError: as `linear_simct_loss`, and for score="mean_logit".
+    """
+    options = LossOptions(beta, temperature, score, candidates, top_k, teacher_mass_floor)
+    if not options.normalises:
+        raise ValueError(
+            'score must be "mean_logprob" or "sum_logprob", got "mean_logit": a served teacher gives log-probabilities, '
+            "not logits"
+        )
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_chunk_rows(chunk_rows)
+    check_units(units, shared, options)
+    student_head = whole_head("student_head", student_head)
+    check_hidden("student_hidden", student_hidden, "student_head", student_head, units)
+    check_rows("student_hidden", student_hidden, "student", units)
+    check_ids("student_head", student_head.weight.shape[0], "student", units, shared)
+    check_served(teacher_topk_ids, teacher_topk_logprobs, units, teacher_token_logprobs)
+    served = (teacher_topk_ids, teacher_topk_logprobs, teacher_token_logprobs)
+    loss, unit_losses = _call(
+        "topk_simct_loss",
+        (student_hidden, student_head, *served, units, shared, options),
+        backend,
+        offered=("torch", "reference"),
         summed=reduction != "none",
         chunk_rows=chunk_rows,
     )
     return _reduce(loss, unit_losses, reduction, return_unit_losses)
 
 
-def _choose_backend(name: str) -> ModuleType:
-    name = "torch" if name == "auto" else name
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is not in this installation, which has 'auto', {str(list(BACKENDS))[1:-1]}")
-    return BACKENDS[name]
+@torch.no_grad()
+def topk_candidate_counts(
+    teacher_topk_ids: Tensor,  # int64 [N_t, k]
+    teacher_topk_logprobs: Tensor,  # [N_t, k]
+    units: AlignedUnits,
+    shared: SharedVocabulary,
+    *,
+    candidates: str = "paper",
+) -> Tensor:
+    """int64 [G]: how many candidates each unit has in `topk_simct_loss`, the continuation included, before its `top_k`.
+
+    A unit with 0 has none of the teacher's k best to learn from; with 1 its softmaxes are certain on both sides. In
+    both cases its loss is 0: `(counts < 2).sum()` are the units that teach nothing. Errors are as in `topk_simct_loss`.
+    """
+    options = LossOptions(candidates=candidates)
+    check_units(units, shared, options)
+    check_served(teacher_topk_ids, teacher_topk_logprobs, units)
+    found = topk.shared_candidates(teacher_topk_ids, teacher_topk_logprobs, units, shared, options).found
+    return found.sum(dim=1) + units.has_continuation(shared)
+
+
+def _call(
+    loss: str, arguments: tuple, backend: str, *, offered: tuple[str, ...] = backends.ALL, **keywords: Any
+) -> tuple[Tensor, Tensor]:
+    """A loss of the chosen backend; within torch.compile its custom op, which is not traced into."""
+    name = backends.choose(backend, arguments[0].device.type, offered)
+    if torch.compiler.is_compiling() and name != "reference":
+        return getattr(ops, loss)(*arguments, **keywords, backend=name)
+    check_left_out(*arguments[-3:])
+    module = topk if loss == "topk_simct_loss" and name == "torch" else backends.load(name)
+    return getattr(module, loss)(*arguments, **keywords)
 
 
 def _reduce(

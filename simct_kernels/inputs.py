@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,11 @@ class SharedVocabulary:
         _refuse_any(
             "student_ids", self.student_ids[1:], self.student_ids.diff() <= 0, "must be ascending without duplicates"
         )
-        ascending = self.teacher_ids.sort().values
+        ascending, order = self.teacher_ids.sort()
         _refuse_any("teacher_ids", ascending[1:], ascending.diff() == 0, "must not repeat an id")
+        # Where a teacher's id stands among the pairs is looked up in these: pair order[i] has id ascending[i].
+        object.__setattr__(self, "ascending_teacher_ids", ascending)
+        object.__setattr__(self, "teacher_order", order)
         # Kept as Python numbers, so that comparing them with a head's vocabulary never waits for a GPU.
         object.__setattr__(self, "max_student_id", int(self.student_ids[-1]))
         object.__setattr__(self, "max_teacher_id", int(ascending[-1]))
@@ -215,7 +219,6 @@ class LMHead:
             raise ValueError(f"softcap must be a positive number or None, got {self.softcap}")
         if self.scale == 0 or not abs(self.scale) < float("inf"):
             raise ValueError(f"scale must be a finite number other than 0, got {self.scale}")
-        object.__setattr__(self, "_row_cache", None)
 
     @classmethod
     def from_model(cls, model: Any) -> LMHead:
@@ -275,18 +278,22 @@ class LMHead:
     ) -> Tensor:
         """weight[ids] as `dtype`, [K, H], detached. A frozen weight's copy is kept for the next call with these ids.
 
-        The copy is made anew when the weight was changed in place; a write through `weight.data` goes unseen.
+        It lives as long as the weight. It is made anew when the weight was changed in place; a write through
+        `weight.data` goes unseen.
         """
         weight = self.weight.detach()
         if self.weight.requires_grad or self.weight.is_inference():  # inference tensors carry no version to watch
             return weight.index_select(0, ids).to(dtype)
-        if self._row_cache is not None:
-            cached_ids, version, rows = self._row_cache
-            if cached_ids is ids and version == self.weight._version and rows.dtype == dtype:
-                return rows
+        cached_ids, version, rows = _ROW_CACHE.get(self.weight, (None, None, None))
+        if cached_ids is ids and version == self.weight._version and rows.dtype == dtype:
+            return rows
         rows = weight.index_select(0, ids).to(dtype)
-        object.__setattr__(self, "_row_cache", (ids, self.weight._version, rows))
+        _ROW_CACHE[self.weight] = (ids, self.weight._version, rows)
         return rows
+
+
+# By weight, not by head: the custom ops put heads together again at every call.
+_ROW_CACHE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _moved(checked, device: torch.device | str):

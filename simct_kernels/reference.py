@@ -68,6 +68,57 @@ def simct_loss(
     return (per_unit.sum() if summed else per_unit), per_unit.detach()
 
 
+def topk_simct_loss(
+    student_hidden: Tensor,  # [N_s, H_s]
+    student_head: LMHead,
+    teacher_topk_ids: Tensor,  # int64 [N_t, k]
+    teacher_topk_logprobs: Tensor,  # [N_t, k]
+    teacher_token_logprobs: Tensor,  # [N_t]
+    units: AlignedUnits,
+    shared: SharedVocabulary,
+    options: LossOptions,
+    *,
+    summed: bool,
+    chunk_rows: int | str,  # unused
+) -> tuple[Tensor, Tensor]:
+    """As `linear_simct_loss`, with the teacher's scores as they are served."""
+    logits = _logits(student_hidden, student_head)
+    has_continuation = units.has_continuation(shared).tolist()
+    index_of = {token: index for index, token in enumerate(shared.teacher_ids.tolist())}
+    losses = [logits.flatten()[:0]]
+    for g in range(len(units)):
+        student_rows = slice(units.student_start[g], units.student_start[g] + units.student_length[g])
+        teacher_rows = slice(units.teacher_start[g], units.teacher_start[g] + units.teacher_length[g])
+        tokens, served = teacher_topk_ids[teacher_rows][0], teacher_topk_logprobs[teacher_rows][0]
+        teacher_score = {
+            index_of[token]: logprob
+            for token, logprob in zip(tokens.tolist(), served.tolist(), strict=True)
+            if token in index_of and logprob != -math.inf
+        }
+        if has_continuation[g] and options.candidates == "disjoint":
+            for index in units.left_out[units.left_out[:, 0] == g, 1].tolist():
+                teacher_score.pop(index, None)
+        kept = torch.tensor(list(teacher_score), dtype=torch.int64, device=logits.device)
+        t = logits.new_tensor(list(teacher_score.values()))
+        if options.top_k is not None:
+            choice = logits[student_rows][0, shared.student_ids[kept]].topk(min(options.top_k, len(kept))).indices
+            kept, t = kept[choice], t[choice]
+        ids = shared.student_ids[kept]
+        s = _scores(logits[student_rows], units.student_tokens[student_rows], ids, has_continuation[g], options)
+        if has_continuation[g]:
+            realised = teacher_token_logprobs[teacher_rows].detach().to(t.dtype)
+            continuation = realised.sum() if options.score == "sum_logprob" else realised.mean()
+            t = torch.cat([t, continuation[None]])
+        below = options.teacher_mass_floor is not None and t.exp().sum() < options.teacher_mass_floor
+        if len(t) == 0 or below:
+            losses.append(logits.new_zeros(1))
+        else:
+            log_q = torch.log_softmax(s / options.temperature, dim=0)
+            losses.append(_divergence(log_q, torch.log_softmax(t / options.temperature, dim=0), options.beta)[None])
+    per_unit = torch.cat(losses)
+    return (per_unit.sum() if summed else per_unit), per_unit.detach()
+
+
 def _unit_loss(
     student_logits: Tensor,  # [m, V_s], the rows of the unit
     student_tokens: Tensor,  # int64 [m]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from .torch_rows import LinearRows, LogitRows, Rows, add_repeated
 
 # A unit's top_k columns are picked one by one (k head rows each) where that is at most a 16th of the K shared columns:
 # picked columns cost memory traffic, not arithmetic, so a product over all K is as fast above that.
-_PICK_SHARE = 16
+PICK_SHARE = 16
 
 
 def simct_loss(
@@ -34,8 +35,8 @@ def simct_loss(
     summed: bool,
 ) -> tuple[Tensor, Tensor]:
     """The loss, one number if `summed` or else [G], and the units' losses [G] without gradient."""
-    job = _Job(units, shared, options, None, None, "auto", compute_dtype(student_logits, teacher_logits))
-    return _apply(job, summed, student_logits, None, None, teacher_logits)
+    job = LossJob(units, shared, options, None, None, "auto", compute_dtype(student_logits, teacher_logits))
+    return apply_job(job, summed, student_logits, None, None, teacher_logits)
 
 
 def linear_simct_loss(
@@ -52,8 +53,8 @@ def linear_simct_loss(
 ) -> tuple[Tensor, Tensor]:
     """As `simct_loss`, with the logits of each side made from its hidden states chunk by chunk."""
     dtype = compute_dtype(student_hidden, student_head.weight, teacher_hidden, teacher_head.weight)
-    job = _Job(units, shared, options, student_head, teacher_head, chunk_rows, dtype)
-    return _apply(job, summed, student_hidden, student_head.weight, student_head.bias, teacher_hidden)
+    job = LossJob(units, shared, options, student_head, teacher_head, chunk_rows, dtype)
+    return apply_job(job, summed, student_hidden, student_head.weight, student_head.bias, teacher_hidden)
 
 
 def candidate_mass(
@@ -84,13 +85,13 @@ def candidate_mass(
     mass = torch.empty(len(units), dtype=dtype, device=hidden.device)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for chunk in chunks:
-            scores = _score(source, getattr(chunk, side), chunk, options)
+            scores = candidate_scores(source, getattr(chunk, side), chunk, options)
             mass[chunk.units] = _mass(scores, _leave_out(scores.shared, chunk), options)
     return mass
 
 
 @dataclass(frozen=True)
-class _Job:
+class LossJob:
     """What a loss is computed from, besides the tensors that autograd must see."""
 
     units: AlignedUnits
@@ -100,6 +101,8 @@ class _Job:
     teacher_head: LMHead | None
     chunk_rows: int | str
     dtype: torch.dtype
+
+    linear_rows: ClassVar[type[LinearRows]] = LinearRows  # another backend reads its chunks in its own way
 
     def run(
         self,
@@ -116,11 +119,11 @@ class _Job:
             teacher = LogitRows(teacher_input, self.shared.teacher_ids, self.dtype)
         else:
             ids = self.shared.student_ids
-            student = LinearRows(student_input, self.student_head, ids, self.dtype, needs_grad=needs_grad)
-            teacher = LinearRows(teacher_input, self.teacher_head, self.shared.teacher_ids, self.dtype)
+            student = self.linear_rows(student_input, self.student_head, ids, self.dtype, needs_grad=needs_grad)
+            teacher = self.linear_rows(teacher_input, self.teacher_head, self.shared.teacher_ids, self.dtype)
         losses = torch.zeros(len(self.units), dtype=self.dtype, device=student_input.device)
         top_k = self.options.top_k or 0
-        picks = 0 < top_k * _PICK_SHARE <= len(self.shared)
+        picks = 0 < top_k * PICK_SHARE <= len(self.shared)
         chunks = plan_chunks(
             self.units,
             self.shared,
@@ -145,13 +148,13 @@ class _Job:
     ) -> Tensor:
         """The losses [g] of a chunk's units; adds their gradient to `student`."""
         options = self.options
-        student_scores = _score(student, chunk.student, chunk, options)
+        student_scores = candidate_scores(student, chunk.student, chunk, options)
         s = _leave_out(student_scores.shared, chunk)  # [g, K]
         chosen = None
         if options.top_k is not None and options.top_k < s.shape[1]:
             chosen = s.topk(options.top_k, sorted=False).indices  # [g, k]
             s = s.gather(1, chosen)
-        teacher_scores = _score(teacher, chunk.teacher, chunk, options, chosen if picks else None)
+        teacher_scores = candidate_scores(teacher, chunk.teacher, chunk, options, chosen if picks else None)
         t = _leave_out(teacher_scores.shared, chunk, chosen if picks else None)
         if chosen is not None and not picks:
             t = t.gather(1, chosen)
@@ -162,7 +165,7 @@ class _Job:
             t_all = torch.cat([t, teacher_scores.continuation[:, None]], dim=1)
         else:
             s_all, t_all = s, t
-        losses, gradient = _divergence(s_all, t_all, options, needs_grad)
+        losses, gradient = divergence(s_all, t_all, options, needs_grad)
         if options.teacher_mass_floor is not None:
             below = _mass(teacher_scores, t, options) < options.teacher_mass_floor
             losses = losses.masked_fill(below, 0)
@@ -172,7 +175,7 @@ class _Job:
                 # Filled, not only multiplied: a unit that the caller drops gives 0 even where its gradient is NaN.
                 gradient.mul_(weights[:, None]).masked_fill_(weights[:, None] == 0, 0)
             by_shared, by_continuation = gradient[:, :columns], gradient[:, columns:].squeeze(1)
-            _add_gradient(student, chunk, student_scores, s, chosen, picks, by_shared, by_continuation, options)
+            add_gradient(student, chunk, student_scores, s, chosen, picks, by_shared, by_continuation, options)
         return losses
 
 
@@ -188,7 +191,7 @@ class _Scores:
     first_logsumexp: Tensor | None  # [g], likewise
 
 
-def _score(
+def candidate_scores(
     source: Rows,
     part: Part,
     chunk: Chunk,
@@ -246,7 +249,7 @@ def _mass(scores: _Scores, shared: Tensor, options: LossOptions) -> Tensor:
     return mass if continuation is None else mass + continuation.exp()
 
 
-def _divergence(s: Tensor, t: Tensor, options: LossOptions, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+def divergence(s: Tensor, t: Tensor, options: LossOptions, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Eq. 8 and 9: the divergence [g] of the softmaxes of s and t, both [g, C], and its gradient by s [g, C].
 
     A candidate that KL's first argument excludes adds 0; one that only its second excludes makes the loss infinite.
@@ -284,7 +287,7 @@ def _kl(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
     return a.mul_(ratio).sum(dim=1), ratio
 
 
-def _add_gradient(
+def add_gradient(
     student: Rows,
     chunk: Chunk,
     scores: _Scores,
@@ -308,7 +311,7 @@ def _add_gradient(
         elif picks:
             student.add_pick(part.first_rows, student.shared_ids[chosen], by_shared.mul_(slope))
         else:
-            wide = torch.zeros_like(scores.shared).scatter_(1, chosen, by_shared.mul_(slope))
+            wide = torch.zeros_like(scores.shared).scatter_add_(1, chosen, by_shared.mul_(slope))
             student.add_shared(part.first_rows, wide)
         if chunk.has_continuation:
             by_target = (by_target * student.slope(scores.targets))[:, None]
@@ -332,8 +335,8 @@ def _add_gradient(
     student.add_whole(part.rows, gradient.mul_(slope))
 
 
-def _apply(
-    job: _Job, summed: bool, student_input: Tensor, weight: Tensor | None, bias: Tensor | None, teacher_input: Tensor
+def apply_job(
+    job: LossJob, summed: bool, student_input: Tensor, weight: Tensor | None, bias: Tensor | None, teacher_input: Tensor
 ) -> tuple[Tensor, Tensor]:
     make_gradients = summed and torch.is_grad_enabled()
     result = _SimCT.apply(job, summed, make_gradients, student_input, weight, bias, teacher_input)

@@ -166,7 +166,7 @@ class LinearRows:
         return self._whole_weight
 
     def _logits(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._finish(_product(self.hidden[rows].to(self.operand_dtype), weight.T), bias)
+        return self._finish(product(self.hidden[rows].to(self.operand_dtype), weight.T), bias)
 
     def _finish(self, raw: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None:
@@ -182,16 +182,16 @@ class LinearRows:
     ) -> None:
         gradient = gradient.to(self.operand_dtype)
         if self.hidden_gradient is not None:
-            self.hidden_gradient[rows] += _product(gradient, weight())
+            self.hidden_gradient[rows] += product(gradient, weight())
         if weight_gradient is not None:
             hidden = self.hidden[rows].to(self.operand_dtype)
             if self.operand_dtype == self.dtype:
                 torch.addmm(weight_gradient, gradient.T, hidden, out=weight_gradient)
             else:
-                weight_gradient += _product(gradient.T, hidden)
+                weight_gradient += product(gradient.T, hidden)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right, in float32 also where the operands are 16-bit (CUDA only: see LinearRows.operand_dtype)."""
     if left.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(left, right, out_dtype=torch.float32)

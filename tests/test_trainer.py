@@ -311,6 +311,8 @@ def test_bad_input_is_named_before_any_work(tmp_path, demo_tokenizers):
         SimCTTrainer(STUDENT, TEACHER, arguments, [{"prompt": "word " * 500}])
     with pytest.raises(ValueError, match="eval_dataset is a generator without a length"):
         SimCTTrainer(STUDENT, TEACHER, arguments, PROMPTS, (record for record in PROMPTS))
+    with pytest.raises(ValueError, match="backend 'cuda' is not in this installation, which has 'auto'"):
+        SimCTTrainer(STUDENT, TEACHER, config(tmp_path, backend="cuda"), PROMPTS)
     with pytest.raises(ValueError, match="student '/nowhere' cannot be loaded"):
         SimCTTrainer("/nowhere", TEACHER, arguments, PROMPTS)
 

@@ -170,7 +170,7 @@ def test_head_refuses(arguments, message):
         ({"top_k": 0}, "top_k must be a positive int or None, got 0"),
         ({"teacher_mass_floor": 2.0}, "teacher_mass_floor must be between 0 and 1 or None, got 2.0"),
         ({"reduction": "batchmean"}, "reduction must be one of 'none', 'sum', 'mean', got 'batchmean'"),
-        ({"backend": "triton"}, "backend 'triton' is not in this installation, which has 'auto', 'torch', 'reference'"),
+        ({"backend": "cuda"}, "backend 'cuda' is not in this installation, which has 'auto'"),
         ({"chunk_rows": 0}, 'chunk_rows must be "auto" or a positive int, got 0'),
     ],
 )

@@ -1,0 +1,207 @@
+"""The gradient by the student's logits, every element of which is written once, zeros included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..options import LossOptions
+from . import tiles
+from .candidates import Candidates, Units, mode_of
+from .scores import load_logits, score_gradient
+
+
+@triton.jit
+def gradient_kernel(
+    out,  # [N, W], contiguous columns; may be `student` itself
+    out_row_stride,
+    student,  # [N, W], and so on: see Side
+    student_row_stride,
+    student_column_stride,
+    student_bias,
+    student_scale,
+    student_softcap,
+    shared_index,  # int32 [W], which shared candidate a column is, -1 for none; None: column k is candidate k
+    row_unit,  # int64 [N], the unit that a row belongs to, -1 for none; None: row g is unit g's
+    first_rows,  # int64 [G], the row of each unit's candidates; None: every row
+    lengths,  # int64 [G], needed with tokens
+    tokens,  # int64 [N], the column that a continuation's score reads; None: no such gradient falls in these columns
+    has_continuation,  # bool [G], needed with tokens; None: all have
+    logsumexp,  # float32 [N]; None: no score reads a row's log-sum-exp
+    teacher,  # [N_t, W_t], and so on
+    teacher_row_stride,
+    teacher_column_stride,
+    teacher_bias,
+    teacher_scale,
+    teacher_softcap,
+    teacher_ids,  # int32 [K] or None
+    teacher_rows,  # int64 [G]
+    left_out,  # bool [any, K] or None
+    left_out_rows,  # int64 [G]
+    state,  # float32 [8, G]: see Units
+    weights,  # float32 [G], what each unit's gradient is multiplied by
+    count,  # N
+    unit_count,  # G
+    width,  # W
+    size,  # K
+    inverse_temperature,
+    beta,
+    MODE: tl.constexpr,
+    SUM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside_rows, inside_columns = row < count, column < width
+    unit = row
+    if row_unit is not None:
+        unit = tl.load(row_unit + row, mask=inside_rows, other=-1)
+    weight = tl.load(weights + unit, mask=inside_rows & (unit >= 0), other=0.0)
+    live = inside_rows & (unit >= 0) & (weight != 0)  # a dropped unit's gradient is 0 even where it would be NaN
+    first = live
+    if first_rows is not None:
+        first = live & (tl.load(first_rows + unit, mask=live, other=-1) == row)
+
+    # What the continuation's score adds to its rows: by their own tokens' logits and by their log-sum-exps.
+    if tokens is not None:
+        continued = live
+        if has_continuation is not None:
+            continued = live & (tl.load(has_continuation + unit, mask=live, other=0) != 0)
+        length = tl.load(lengths + unit, mask=continued, other=1)
+        by_continuation = tl.load(state + 6 * unit_count + unit, mask=continued, other=0.0)
+        by_target = by_continuation
+        if not SUM:
+            by_target = by_continuation / length.to(tl.float32)
+        token = tl.load(tokens + row, mask=continued, other=-1)
+    if logsumexp is not None:
+        whole = continued & (length > 1)
+        by_logsumexp = tl.where(whole, tl.where(first, by_continuation, 0.0) - by_target, 0.0)
+
+    index, is_shared = column, column < size
+    if shared_index is not None:
+        index = tl.load(shared_index + column, mask=inside_columns, other=-1)
+        is_shared = index >= 0
+    chosen = first[:, None] & is_shared
+    read = chosen
+    if logsumexp is not None:
+        read = read | whole[:, None]
+    z = load_logits(
+        student,
+        student_row_stride,
+        student_column_stride,
+        student_bias,
+        student_scale,
+        student_softcap,
+        row[:, None],
+        column,
+        read,
+        inside_columns,
+    )
+    teacher_row = tl.load(teacher_rows + unit, mask=first, other=0)[:, None]
+    teacher_column = index
+    if teacher_ids is not None:
+        teacher_column = tl.load(teacher_ids + index, mask=is_shared, other=0)
+    t = load_logits(
+        teacher,
+        teacher_row_stride,
+        teacher_column_stride,
+        teacher_bias,
+        teacher_scale,
+        teacher_softcap,
+        teacher_row,
+        teacher_column,
+        chosen,
+        is_shared,
+    )
+    if left_out is not None:
+        listed = tl.load(left_out_rows + unit, mask=first, other=-1)[:, None]
+        chosen = chosen & (tl.load(left_out + listed * size + index, mask=chosen & (listed >= 0), other=0) == 0)
+
+    student_max = tl.load(state + unit_count + unit, mask=first, other=0.0)[:, None]
+    student_log = tl.load(state + 2 * unit_count + unit, mask=first, other=0.0)[:, None]
+    teacher_max = tl.load(state + 3 * unit_count + unit, mask=first, other=0.0)[:, None]
+    teacher_log = tl.load(state + 4 * unit_count + unit, mask=first, other=0.0)[:, None]
+    kl = tl.load(state + 5 * unit_count + unit, mask=first, other=0.0)[:, None]
+    log_q = z * inverse_temperature - student_max - student_log
+    log_p = t * inverse_temperature - teacher_max - teacher_log
+    gradient = tl.where(chosen, score_gradient(log_q, log_p, kl, beta, MODE) * inverse_temperature, 0.0)
+    if logsumexp is not None:
+        normaliser = tl.load(logsumexp + row, mask=whole, other=0.0)
+        softmax = tl.exp(z - normaliser[:, None]) * by_logsumexp[:, None]
+        gradient += tl.where(by_logsumexp[:, None] == 0, 0.0, softmax)
+    if tokens is not None:
+        gradient += tl.where(column == token[:, None], by_target[:, None], 0.0)
+    if student_scale is not None:
+        gradient *= student_scale
+    if student_softcap is not None:
+        gradient *= 1 - (z / student_softcap) * (z / student_softcap)
+    gradient = tl.where(live[:, None], gradient * weight[:, None], 0.0)
+    pointers = out + row[:, None] * out_row_stride + column
+    tl.store(pointers, gradient.to(out.dtype.element_ty), mask=inside_rows[:, None] & inside_columns)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rows and columns of the student's logits a gradient falls on."""
+
+    shared_index: Tensor | None  # int32 [W], which shared candidate a column is, -1 for none; None: the first K are
+    row_unit: Tensor | None = None  # int64 [N], the unit of each row, -1 for none; None: row g is unit g's first row
+    first_rows: Tensor | None = None  # int64 [G]
+    lengths: Tensor | None = None  # int64 [G]
+    tokens: Tensor | None = None  # int64 [N]; None: the continuations' own tokens are not among the columns
+    has_continuation: Tensor | None = None  # bool [G]; None: all have one
+    logsumexp: Tensor | None = None  # float32 [N], where the scores of longer units read whole rows
+
+    def arguments(self) -> tuple:
+        return (
+            self.shared_index,
+            self.row_unit,
+            self.first_rows,
+            self.lengths,
+            self.tokens,
+            self.has_continuation,
+            self.logsumexp,
+        )
+
+
+def write_gradient(
+    out: Tensor,  # [N, W]
+    layout: Layout,
+    candidates: Candidates,
+    units: Units,
+    weights: Tensor | None,  # [G]; None: 1
+    options: LossOptions,
+) -> None:
+    """Writes the losses' gradient by the values of the student's side into `out`, which may be those values."""
+    weights = units.weighted(weights, torch.ones_like(units.losses))
+    count, width = out.shape
+    shape = tiles.tile("gradient", out.device)
+    gradient_kernel[triton.cdiv(count, shape.rows), triton.cdiv(width, shape.block)](
+        out,
+        out.stride(0),
+        *candidates.student.arguments(),
+        *layout.arguments(),
+        *candidates.teacher.arguments(),
+        candidates.teacher.ids,
+        candidates.teacher_rows,
+        candidates.left_out,
+        candidates.left_out_rows,
+        units.state,
+        weights,
+        count,
+        units.state.shape[1],
+        width,
+        candidates.size,
+        1 / options.temperature,
+        float(options.beta),
+        MODE=mode_of(options.beta),
+        SUM=options.score == "sum_logprob",
+        ROWS=shape.rows,
+        BLOCK=shape.block,
+        num_warps=shape.warps,
+    )

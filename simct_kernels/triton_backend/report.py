@@ -1,0 +1,272 @@
+"""Compiles every kernel ahead of time for GPUs that need not be there, and reports what it takes of them.
+
+    python -m simct_kernels.triton_backend.report [--arch 90 gfx942] [--quick] [--json]
+
+What is compiled is what the launchers ask for: they run on small CPU tensors, whose sizes are specialised like real
+ones, with each launch recorded in place of being started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from ..inputs import AlignedUnits, LMHead, SharedVocabulary
+from ..options import LossOptions
+from . import linear, linear_simct_loss, simct_loss, tiles
+
+TARGETS = {
+    "80": GPUTarget("cuda", 80, 32),
+    "90": GPUTarget("cuda", 90, 32),
+    "100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# What one multiprocessor (compute unit) has: bytes of shared memory that one program may take and that all may, threads.
+_SHARED = {"80": (163 << 10, 164 << 10), "90": (227 << 10, 228 << 10), "100": (227 << 10, 228 << 10)}
+_SHARED["gfx942"] = (64 << 10, 64 << 10)
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialisation of a kernel, as Triton's launcher would make it of the same arguments."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    divisible: tuple[str, ...]  # by 16
+    warps: int
+
+    @classmethod
+    def of(cls, kernel: JITFunction, arguments: tuple, keywords: dict) -> Launch:
+        keywords = dict(keywords)
+        warps = keywords.pop("num_warps")
+        values = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
+        signature, constants, divisible = [], [], []
+        for parameter in kernel.params:
+            value, kind = values[parameter.name], "constexpr"
+            if isinstance(value, Tensor):
+                kind, sixteenth = f"*{_TYPES[value.dtype]}", True  # an allocation; a view of one may do worse
+            elif isinstance(value, float):
+                kind, sixteenth = "fp32", False
+            elif isinstance(value, int) and not parameter.is_constexpr and value != 1:
+                kind, sixteenth = "i32", value % 16 == 0
+            signature.append((parameter.name, kind))
+            if kind == "constexpr":
+                constants.append((parameter.name, value))
+            elif sixteenth:
+                divisible.append(parameter.name)
+        return cls(kernel, tuple(signature), tuple(constants), tuple(divisible), warps)
+
+    def describe(self) -> str:
+        """What tells it from the kernel's other specialisations: pointers given or not, types, constants."""
+        types = dict(self.signature)
+        given = [name for name, kind in self.signature if kind.startswith("*")]
+        values = {name: value for name, value in self.constants if value is not None and name.isupper()}
+        optional = [n for n in given if n in ("student_ids", "student_bias", "left_out", "teacher_logsumexp", "state")]
+        optional += [n for n in given if n in ("shared_index", "tokens", "logsumexp", "bias", "wanted")]
+        read = next(types[name][1:] for name in ("values", "student", "partial") if name in types)
+        return " ".join([read, *(f"{k}={v}" for k, v in values.items()), *optional])
+
+    def compile(self, target: GPUTarget):
+        places = {name: index for index, name in enumerate(self.kernel.arg_names)}
+        attributes = {(places[name],): [["tt.divisibility", 16]] for name in self.divisible}
+        source = ASTSource(self.kernel, dict(self.signature), dict(self.constants), attributes)
+        return triton.compile(source, target=target, options={"num_warps": self.warps})
+
+
+@dataclass(frozen=True)
+class Usage:
+    kernel: str
+    variant: str
+    arch: str
+    warps: int
+    registers: int
+    spills: int  # bytes of local memory (NVIDIA), vector registers and bytes of private memory (AMD)
+    shared: int  # bytes
+    programs: int  # that fit on one multiprocessor, by registers, threads and shared memory
+    widest_load: int  # bytes that one thread reads at once
+    int64_offsets: bool
+
+
+def launches(arch: str, quick: bool = False) -> list[Launch]:
+    """What the launchers ask for on one architecture. `quick`: the fullest variant of each kernel and mode."""
+    found: dict[Launch, None] = {}
+
+    def record(kernel, *arguments, grid, warmup, **keywords):
+        found[Launch.of(kernel, arguments, keywords)] = None
+
+    known = int(arch) if arch.isdigit() else arch
+    with mock.patch.object(JITFunction, "run", record), mock.patch.object(tiles, "_architecture", lambda device: known):
+        for run in _cases(quick):
+            run()
+    return list(found)
+
+
+def _cases(quick: bool) -> Iterator:
+    """Calls that between them make the launchers' choices."""
+    everything = {"candidates": "disjoint", "teacher_mass_floor": 0.1}
+    modes = [{"beta": 0.0}, {"beta": 0.5}, {"beta": 1.0}]
+    for mode in modes:
+        yield lambda mode=mode: _run_logits(torch.bfloat16, **mode)
+        yield lambda mode=mode: _run_linear(True, torch.bfloat16, **mode, **everything)
+        if quick:
+            continue
+        yield lambda mode=mode: _run_logits(torch.bfloat16, **mode, **everything)
+        yield lambda mode=mode: _run_logits(torch.bfloat16, one_vocabulary=True, **mode)
+        yield lambda mode=mode: _run_linear(False, torch.bfloat16, **mode)
+    if quick:
+        yield lambda: _run_logits(torch.bfloat16, one_vocabulary=True)
+        return
+    for dtype in (torch.float16, torch.float32):
+        yield lambda dtype=dtype: _run_logits(dtype)
+        yield lambda dtype=dtype: _run_linear(False, dtype)
+    for score in ("sum_logprob", "mean_logit"):
+        yield lambda score=score: _run_logits(torch.bfloat16, score=score)
+        yield lambda score=score: _run_linear(True, torch.bfloat16, score=score)
+
+
+_WIDTH, _SIZE = 96, 80  # vocabularies of real models are multiples of 16 too
+
+
+def _problem(one_vocabulary: bool = False) -> tuple[AlignedUnits, SharedVocabulary]:
+    """Units of all kinds; ids in disorder unless the vocabularies are one."""
+    if one_vocabulary:
+        shared = SharedVocabulary(torch.arange(_WIDTH), torch.arange(_WIDTH))
+    else:
+        shared = SharedVocabulary(torch.arange(1, _SIZE + 1), torch.arange(_SIZE).flip(0))
+    length = torch.tensor([1, 1, 2, 1, 2] * 4)
+    other = torch.tensor([1, 1, 1, 2, 2] * 4)
+    tokens = torch.ones(int(length.sum()), dtype=torch.int64), torch.full((int(other.sum()),), _SIZE - 1)
+    tokens[0][0], tokens[1][0] = shared.student_ids[0], shared.teacher_ids[0]
+    left_out = torch.stack([torch.arange(len(length)), torch.zeros_like(length)], 1)
+    starts = length.cumsum(0) - length, other.cumsum(0) - other
+    return AlignedUnits(starts[0], length, starts[1], other, *tokens, left_out=left_out), shared
+
+
+def _run_logits(dtype: torch.dtype, one_vocabulary: bool = False, **options) -> None:
+    units, shared = _problem(one_vocabulary)
+    student = torch.zeros(len(units.student_tokens), _WIDTH, dtype=dtype, requires_grad=True)
+    teacher = torch.zeros(len(units.teacher_tokens), _WIDTH, dtype=dtype)
+    loss, _ = simct_loss(student, teacher, units, shared, LossOptions(**options), summed=True)
+    loss.backward()
+
+
+def _run_linear(full_head: bool, gradient_dtype: torch.dtype, **options) -> None:
+    """The logits are float32 whatever the operands are; on a GPU with 16-bit operands so is the gradient."""
+    units, shared = _problem()
+
+    def head() -> LMHead:
+        weight = torch.zeros(_WIDTH, 16, requires_grad=True)
+        return LMHead(weight, torch.zeros(_WIDTH), 30.0, 0.5) if full_head else LMHead(weight)
+
+    hidden = torch.zeros(len(units.student_tokens), 16, requires_grad=True)
+    teacher = torch.zeros(len(units.teacher_tokens), 16)
+    like = mock.patch.object(
+        linear._RawRows, "gradient_like", lambda self, values: torch.zeros_like(values, dtype=gradient_dtype)
+    )
+    with like:
+        arguments = hidden, head(), teacher, head(), units, shared, LossOptions(**options)
+        linear_simct_loss(*arguments, summed=True, chunk_rows="auto")
+
+
+def usage(launch: Launch, arch: str) -> Usage:
+    compiled = launch.compile(TARGETS[arch])
+    read = _read_amd if TARGETS[arch].backend == "hip" else _read_nvidia
+    registers, spills, by_registers, widest = read(compiled, launch.warps)
+    shared = compiled.metadata.shared
+    by_shared = _SHARED[arch][1] // (shared + 1024) if shared else by_registers
+    programs = min(by_registers, by_shared, 2048 // (launch.warps * TARGETS[arch].warp_size))
+    name = launch.kernel.__name__
+    # A row times a stride is a product of 64 bits; nothing but scalars, the places of programs, is multiplied in 32.
+    narrow = re.search(r"arith\.muli.*: tensor<\S*xi32>", compiled.asm["ttir"])
+    return Usage(
+        name, launch.describe(), arch, launch.warps, registers, spills, shared, programs, widest, narrow is None
+    )
+
+
+def _read_nvidia(compiled, warps: int) -> tuple[int, int, int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        text = subprocess.run([tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    warp_registers = -(-numbers["REG"] * 32 // 256) * 256  # given out 256 at a time
+    ptx = compiled.asm["ptx"]
+    widest = 0
+    for vector, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)", ptx):
+        widest = max(widest, int(vector or 1) * int(bits) // 8)
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], 65536 // (warp_registers * warps), widest
+
+
+def _read_amd(compiled, warps: int) -> tuple[int, int, int, int]:
+    text = compiled.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))
+
+    registers = number("vgpr_count")
+    # Scalar registers spill into lanes of vector registers: memory is touched only where there is a private segment.
+    spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
+    waves = min(8, 512 // (-(-registers // 8) * 8)) * 4  # of the compute unit's four SIMDs
+    loads = {"x4": 16, "x3": 12, "x2": 8, "": 4}
+    found = re.findall(r"(?:global|buffer|flat)_load_dword(x\d)?\b", text)
+    return registers, spills, waves // warps, max((loads[width] for width in found), default=2)
+
+
+def measure(archs: list[str], quick: bool = False) -> list[Usage]:
+    return [usage(launch, arch) for arch in archs for launch in launches(arch, quick)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--quick", action="store_true", help="the fullest variants only")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET=1 replaces the compiler that this reports on: unset it")
+    found = measure(options.arch, options.quick)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(one) for one in found]))
+        return
+    print(
+        f"{'arch':7}{'kernel':21}{'regs':>5}{'spills':>7}{'shared':>7}{'warps':>6}{'programs':>9}{'load':>5}  variant"
+    )
+    for one in found:
+        print(
+            f"{one.arch:7}{one.kernel:21}{one.registers:5}{one.spills:7}{one.shared:7}{one.warps:6}"
+            f"{one.programs:9}{one.widest_load:5}  {one.variant}"
+        )
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        main()

@@ -1,0 +1,61 @@
+"""The tile configurations: one table, by architecture.
+
+A program works on a tile of ROWS rows (units, where it counts candidates) by BLOCK columns. The rule behind the entries:
+a thread takes 8 neighbouring columns of a row, so that contiguous 16-bit logits are read 16 bytes at a time (32-bit ones
+in two reads); the rows of a tile share each read of the shared vocabulary's ids; and at 16 elements a thread and side
+the live tiles leave registers for two programs on a multiprocessor, so that one loads while another computes. A column's
+id takes 4 bytes: 1,024 columns to 256 threads are 16 bytes of ids each. AMD's CDNA has waves of 64 threads, 4 of which
+make 256; with half the rows nothing spills there. Chosen by the ahead-of-time report; not measured on any GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Tile:
+    rows: int
+    block: int
+    warps: int
+
+
+_NVIDIA = {"logsumexp": Tile(1, 4096, 8), "statistics": Tile(4, 1024, 8), "gradient": Tile(4, 1024, 8)}
+_AMD = {"logsumexp": Tile(1, 2048, 4), "statistics": Tile(2, 1024, 4), "gradient": Tile(2, 1024, 4)}
+TILES = {80: _NVIDIA, 90: _NVIDIA, 100: _NVIDIA, "gfx942": _AMD}
+
+UNITS = 64  # units of one program of the small kernels, whose data is a number or two a unit
+# Programs of one launch that reads long rows, for each multiprocessor: rows are split between programs up to that.
+_PROGRAMS = 4
+
+
+def tile(kernel: str, device: torch.device) -> Tile:
+    """Architectures that the table lacks take the newest older NVIDIA entry, or AMD's."""
+    return TILES[_architecture(device)][kernel]
+
+
+def splits(rows: int, columns: int, shape: Tile, device: torch.device) -> tuple[int, int]:
+    """Over how many programs each row is split, and how many tiles each of them takes."""
+    tiles = triton.cdiv(columns, shape.block)
+    wanted = _PROGRAMS * _multiprocessors(device) // triton.cdiv(rows, shape.rows)
+    each = triton.cdiv(tiles, max(1, min(wanted, tiles)))
+    return triton.cdiv(tiles, each), each
+
+
+@cache
+def _architecture(device: torch.device) -> int | str:
+    if device.type != "cuda":
+        return 90  # the interpreter
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((known for known in (80, 90, 100) if known <= 10 * major + minor), default=80)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -1,0 +1,54 @@
+"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before the backend is imported.
+
+The ahead-of-time tests need the compiler instead: they run it in a process of its own.
+"""
+
+import importlib.util
+import os
+
+import numpy
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob = ["test_*.py"]
+elif not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    # Where something, transformers say, imported triton before, its own functions were made for the compiler.
+    for module in (tl, tl.standard):
+        for name, function in list(vars(module).items()):
+            if isinstance(function, triton.JITFunction):
+                setattr(module, name, interpreter.InterpretedFunction(function.fn))
+
+    _patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def _patch(tensor, scope):
+        """Triton 3.6 and older turn one-element arrays into loop bounds, which numpy 2.4 refuses (triton issue 9171)."""
+        _patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """What a GPU does in silence: 0 * inf and the like."""
+    with numpy.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that tiny problems take many, with a rest in every dimension."""
+    from simct_kernels.triton_backend import tiles
+
+    small = {
+        "logsumexp": tiles.Tile(1, 32, 4),
+        "statistics": tiles.Tile(4, 32, 4),
+        "gradient": tiles.Tile(4, 32, 4),
+    }
+    monkeypatch.setattr(tiles, "TILES", {architecture: small for architecture in tiles.TILES})

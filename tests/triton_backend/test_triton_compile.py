@@ -1,0 +1,47 @@
+"""Every kernel compiles for every GPU of the table, none of which needs to be here, and stays within its means."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+ARCHS = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}  # shared memory of one program, bytes
+READ_LOGITS = {"logsumexp_kernel", "statistics_kernel", "gradient_kernel"}
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def report(request):
+    """In a process of its own: this one has the interpreter in the compiler's place."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [
+        sys.executable,
+        "-m",
+        "simct_kernels.triton_backend.report",
+        "--quick",
+        "--json",
+        "--arch",
+        request.param,
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return request.param, json.loads(done.stdout)
+
+
+def test_kernels_fit(report):
+    arch, kernels = report
+    assert {kernel["kernel"] for kernel in kernels} == READ_LOGITS | {"continuation_kernel", "finish_kernel"}
+    for kernel in kernels:
+        assert kernel["spills"] == 0, kernel
+        assert kernel["shared"] <= ARCHS[arch], kernel
+        assert kernel["programs"] >= 1, kernel
+
+
+def test_contiguous_sides_are_read_16_bytes_at_a_time(report):
+    for kernel in report[1]:
+        assert kernel["widest_load"] >= 16 or kernel["kernel"] not in READ_LOGITS, kernel
+
+
+def test_offsets_are_64_bits_wide(report):
+    assert all(kernel["int64_offsets"] for kernel in report[1])
