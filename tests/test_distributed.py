@@ -33,7 +33,7 @@ if trainer.is_world_process_zero():
 def run(tmp_path, processes: int, batch_size: int) -> dict:
     script, result = tmp_path / "run.py", tmp_path / f"{processes}.pt"
     script.write_text(RUN)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29533"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [
         sys.executable,
         *(launcher if processes > 1 else []),

@@ -45,9 +45,8 @@ def test_a_nested_phase_is_taken_out_of_the_outer_one():
         time.sleep(0.02)
     elapsed = time.perf_counter() - started
     seconds = phase.flush()
-    assert 0.05 <= seconds["inner"] < 0.08
-    assert 0.04 <= seconds["outer"] < 0.07
-    assert sum(seconds.values()) <= elapsed
+    assert seconds["inner"] >= 0.05
+    assert 0.04 <= seconds["outer"] <= elapsed - seconds["inner"]
     assert phase.flush() == {}
 
 
