@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from simct.prompts import PROMPT_FORMATS
-from simct.rollout import ENGINES
+from simct.rollout import ENGINES, Sampling
+from simct_kernels.options import CANDIDATES, SCORES
 
 
 def option(default, help: str, **metadata):
@@ -96,8 +97,8 @@ class SimCTConfig(TrainingArguments):
             )
         one_of("rollout_engine", self.rollout_engine, ENGINES)
         one_of("prompt_format", self.prompt_format, PROMPT_FORMATS)
-        one_of("score", self.score, ("mean_logprob", "sum_logprob", "mean_logit"))
-        one_of("candidates", self.candidates, ("paper", "disjoint"))
+        one_of("score", self.score, SCORES)
+        one_of("candidates", self.candidates, CANDIDATES)
         one_of("alignment", self.alignment, ("bytes", "anchored"))
         one_of("units", self.units, ("all", "single"))
         if not 0 <= self.beta <= 1:
@@ -108,18 +109,17 @@ class SimCTConfig(TrainingArguments):
             raise ValueError(f"teacher_mass_floor is {self.teacher_mass_floor}: expected a number in [0, 1], or none")
         if self.chunk_rows is not None and self.chunk_rows < 1:
             raise ValueError(f"chunk_rows is {self.chunk_rows}: expected at least 1, or none")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: expected at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}: expected 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: expected a number in (0, 1]")
+        self.sampling(end_ids=(0,), pad_id=0)  # checks its own settings
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}: expected at least 1, or none")
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns is True: expected False, the trainer renders the prompt columns itself"
             )
+
+    def sampling(self, end_ids: tuple[int, ...], pad_id: int) -> Sampling:
+        """How the rollouts are drawn."""
+        return Sampling(end_ids, pad_id, self.max_new_tokens, self.temperature, self.top_p)
 
     def loss_options(self) -> dict:
         """The keyword arguments of `simct_kernels.linear_simct_loss`."""

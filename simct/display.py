@@ -113,7 +113,7 @@ def evaluation_table(before: dict[str, float], after: dict[str, float]) -> Table
 
 
 def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
-    """A PNG of the run's logged metrics; panels without values are left out."""
+    """A PNG of the run's logged metrics; panels without values stay empty."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -21,8 +21,9 @@ class PackedSequences:
     rows: Tensor  # int64 [N], positions in the flattened [B * T] batch whose hidden state predicts a response token
 
     @classmethod
-    def build(cls, prompts: list[list[int]], responses: list[list[int]], pad_id: int) -> "PackedSequences":
-        # The last response token predicts nothing that enters the loss, so it is not fed.
+    def build(cls, prompts: list[list[int]], responses: list[list[int]], pad_id: int = 0) -> "PackedSequences":
+        # Padding is masked and comes last, so that any id will do. The last response token predicts nothing that enters
+        # the loss: it is not fed.
         sequences = [p + r[:-1] for p, r in zip(prompts, responses, strict=True)]
         width = max(map(len, sequences))
         input_ids = torch.full((len(sequences), width), pad_id)

@@ -24,7 +24,6 @@ class LocalTeacher:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         check_vocabulary(model, tokenizer, "teacher")
         check_head(model, "teacher")
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._head: LMHead | None = None
 
     @property
@@ -39,5 +38,5 @@ class LocalTeacher:
         """Hidden rows [N_t, H_t] that predict the tokens of the responses (teacher token ids, without padding)."""
         if not any(responses):
             return torch.empty(0, self.head.weight.shape[1], dtype=self.model.dtype, device=self.model.device)
-        sequences = PackedSequences.build(prompts, responses, self.pad_id).to(self.model.device)
+        sequences = PackedSequences.build(prompts, responses).to(self.model.device)
         return response_hidden_states(self.model, sequences)

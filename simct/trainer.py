@@ -8,6 +8,7 @@ them and makes the gradient. Everything else (optimiser, schedule, checkpoints, 
 import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -128,10 +129,9 @@ class SimCTTrainer(Trainer):
         # On early 5.x, which does not know `loss_is_scaled_for_ga`, this with our token count says the same.
         self.model_accepts_loss_kwargs = True
         self.teacher.model.to(self.args.device)
-        self.pad_id = processing_class.pad_token_id if processing_class.pad_token_id is not None else 0
         self.shared = self.pair.shared.to(self.args.device)
         self.engine = make_engine(self.accelerator.unwrap_model(self.model), args.rollout_engine)
-        self.sampling = self._sampling(args.temperature, args.top_p)
+        self.sampling = args.sampling(self.pair.student_end_ids, pad_id=processing_class.pad_token_id or 0)
         self.ratios = Ratios()
         self.phase = PhaseTimer(self.args.device)
         self.add_callback(StartOfWindow(self))
@@ -161,9 +161,6 @@ class SimCTTrainer(Trainer):
         """One for each run's seed, step and process."""
         return (self.args.seed * 1_000_003 + step) * 8_191 + self.args.process_index
 
-    def _sampling(self, temperature: float, top_p: float) -> Sampling:
-        return Sampling(self.pair.student_end_ids, self.pad_id, self.args.max_new_tokens, temperature, top_p)
-
     def _sample(self, records: list[dict[str, Any]], sampling: Sampling, seed: int) -> Samples:
         prompts = [prompt_of(record) for record in records]
         student_prompts, teacher_prompts = (
@@ -185,7 +182,7 @@ class SimCTTrainer(Trainer):
             alignment = self.pair.align_batch(
                 samples.student_responses, samples.teacher_responses, disjoint=self.args.candidates == "disjoint"
             )
-            packed = PackedSequences.build(samples.student_prompts, samples.student_responses, self.pad_id)
+            packed = PackedSequences.build(samples.student_prompts, samples.student_responses)
         # `input_ids` by that name: the Trainer counts tokens and floating-point operations with it.
         return {"input_ids": packed.input_ids, "packed": packed, "alignment": alignment, "samples": samples}
 
@@ -360,14 +357,14 @@ class SimCTTrainer(Trainer):
         started = time.perf_counter()
         student = self.accelerator.unwrap_model(self.model)
         records = [dataset[i] for i in range(self.args.process_index, len(dataset), self.args.world_size)]
-        samples = self._sample(records, self._sampling(1.0, 1.0), self._seed(0))
+        samples = self._sample(records, replace(self.sampling, temperature=1.0, top_p=1.0), self._seed(0))
         training = student.training
         student.eval()
         rows = []  # one of each response: log ratio, bytes, tokens, whether it ended
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(records), size):
             part = samples[start : start + size]
-            packed = PackedSequences.build(part.student_prompts, part.student_responses, self.pad_id)
+            packed = PackedSequences.build(part.student_prompts, part.student_responses)
             student_tokens, teacher_tokens = (
                 torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int64, device=self.args.device)
                 for ids in (part.student_responses, part.teacher_responses)
