@@ -79,11 +79,10 @@ class _Open:
         addresses = addresses[np.broadcast_to(mask, addresses.shape).astype(bool)].ravel()
         if not addresses.size:
             return
-        for begin, end, name, size in self.spans:
-            if begin <= addresses[0] < end:
-                break
-        else:
+        span = next((span for span in self.spans if span[0] <= addresses[0] < span[1]), None)
+        if span is None:
             raise RuntimeError(f"{self.launch.kernel}: an address outside all of its tensors is {kind}")
+        begin, end, name, size = span
         if addresses.min() < begin or addresses.max() >= end:
             raise RuntimeError(f"{self.launch.kernel}: {name} is {kind} outside its elements")
         access = getattr(self.launch, kind).setdefault(name, Access())
