@@ -24,8 +24,8 @@ class Tile:
     warps: int
 
 
-_NVIDIA = {"logsumexp": Tile(1, 4096, 8), "statistics": Tile(4, 1024, 8), "gradient": Tile(4, 1024, 8)}
-_AMD = {"logsumexp": Tile(1, 2048, 4), "statistics": Tile(2, 1024, 4), "gradient": Tile(2, 1024, 4)}
+_NVIDIA = {"logsumexp": Tile(1, 4096, 8), "forward": Tile(4, 1024, 8), "gradient": Tile(4, 1024, 8)}
+_AMD = {"logsumexp": Tile(1, 2048, 4), "forward": Tile(2, 1024, 4), "gradient": Tile(2, 1024, 4)}
 TILES = {80: _NVIDIA, 90: _NVIDIA, 100: _NVIDIA, "gfx942": _AMD}
 
 UNITS = 64  # units of one program of the small kernels, whose data is a number or two a unit
