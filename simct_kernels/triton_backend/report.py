@@ -89,8 +89,12 @@ class Launch:
         types = dict(self.signature)
         given = [name for name, kind in self.signature if kind.startswith("*")]
         values = {name: value for name, value in self.constants if value is not None and name.isupper()}
-        optional = [n for n in given if n in ("student_ids", "student_bias", "student_unit", "teacher_unit", "left_out")]
-        optional += [n for n in given if n in ("shared_index", "tokens", "logsumexp", "student_targets", "bias", "wanted")]
+        optional = [
+            n for n in given if n in ("student_ids", "student_bias", "student_unit", "teacher_unit", "left_out")
+        ]
+        optional += [
+            n for n in given if n in ("shared_index", "tokens", "logsumexp", "student_targets", "bias", "wanted")
+        ]
         read = next(types[name][1:] for name in ("values", "student", "partial") if name in types)
         return " ".join([read, *(f"{k}={v}" for k, v in values.items()), *optional])
 

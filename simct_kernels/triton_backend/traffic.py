@@ -21,7 +21,6 @@ import numpy as np
 from torch import Tensor
 from triton.runtime import interpreter
 
-
 _SECTOR = 32  # bytes
 
 
