@@ -63,7 +63,9 @@ def goals(rows: Sequence[Row], device: str) -> list[Goal]:
         faster(f"{first}: times as fast as a loop over units", first, "loop over units", 20),
         faster(f"{first}: times as fast as compiled", first, compiled, 2.5),
         at_most(f"{first}: peak memory, of compiled", 0.1, first, "ours", compiled, lambda row: row.peak_bytes),
-        at_most(f"{first}: peak memory, of the loop", 0.1, first, "ours", "loop over units", lambda row: row.peak_bytes),
+        at_most(
+            f"{first}: peak memory, of the loop", 0.1, first, "ours", "loop over units", lambda row: row.peak_bytes
+        ),
         Goal(f"{first}: time, of the floor's products at the ceiling", 1.4, True, 1 / useful if useful else None),
         *(
             Goal(
@@ -79,7 +81,7 @@ def goals(rows: Sequence[Row], device: str) -> list[Goal]:
         faster("one vocabulary: times as fast as Liger", one, liger, 2.5),
         at_most("one vocabulary: scratch memory, of Liger's", 0.25, one, "ours", liger, scratch),
         at_most(
-            f"served, k = 64: time, of the log-sum-exp alone",
+            "served, k = 64: time, of the log-sum-exp alone",
             1.15,
             f"{first}, served",
             "ours",

@@ -175,7 +175,10 @@ def ceilings(device_type: str, quick: bool) -> dict[str, tuple[float, ...]]:
 
     return {
         "copy": (2 * size, seconds(lambda: target.copy_(source))),
-        f"product, {str(dtype).removeprefix('torch.')}": (2 * width**3, seconds(lambda: torch.mm(left, right, out=out))),
+        f"product, {str(dtype).removeprefix('torch.')}": (
+            2 * width**3,
+            seconds(lambda: torch.mm(left, right, out=out)),
+        ),
         "device": device_name(device),
     }
 

@@ -70,7 +70,7 @@ class Row:
     @property
     def key(self) -> tuple:
         """What other methods must agree with it on."""
-        return self.suite, self.case, self.student_rows, self.shared, self.dtype, self.beta, self.top_k
+        return self.suite, self.case, self.axis, self.student_rows, self.shared, self.dtype, self.beta, self.top_k
 
     @property
     def scratch_bytes(self) -> int | None:

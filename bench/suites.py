@@ -94,7 +94,15 @@ def _cpu_kernels() -> list[tuple]:
     one = Case("one vocabulary", Model("", 49_152, 576), Model("", 49_152, 640), 49_152, 1024, dtype="float32")
     two = Case("two vocabularies", Model("", 50_000, 640), Model("", 40_000, 576), 25_000, 1024, dtype="float32")
     first = pair(GEMMA, QWEN, 97_675, 256, dtype="float32")
-    text = Case("DeepSeek <- Qwen, Python", Model("", 129_280, 256), Model("", 152_064, 256), 0, 256, dtype="float32", form="text")
+    text = Case(
+        "DeepSeek <- Qwen, Python",
+        Model("", 129_280, 256),
+        Model("", 152_064, 256),
+        0,
+        256,
+        dtype="float32",
+        form="text",
+    )
     return [
         (one, ONE_VOCABULARY, 6.0),
         (two, (*OURS, "materialised", "materialised, compiled"), 4.0),

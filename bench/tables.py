@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .goals import Goal
@@ -36,17 +37,30 @@ def print_results(rows: Sequence[Row], console: Console) -> None:
         groups.setdefault((row.suite, row.case, row.axis), []).append(row)
     for (suite, case, axis), group in groups.items():
         table = Table(title=f"{suite}: {case}" + (f", by {axis}" if axis else ""), title_justify="left")
-        for name in ("method", "rows", "K", "pass", "median", "20 to 80 %", "time", "peak", "scratch", "useful", "loss"):
+        for name in (
+            "method",
+            "rows",
+            "K",
+            "pass",
+            "median",
+            "20 to 80 %",
+            "time",
+            "peak",
+            "scratch",
+            "useful",
+            "loss",
+        ):
             table.add_column(name, justify="left" if name in ("method", "pass", "loss") else "right")
         base: dict[tuple, Row] = {}
         for row in group:
             if row.note:
-                table.add_row(row.method, str(row.student_rows or ""), str(row.shared or ""), f"[yellow]{row.note}[/]")
+                cells = escape(row.method), str(row.student_rows or ""), str(row.shared or ""), ""
+                table.add_row(*cells, f"[yellow]{escape(row.note)}[/]")
                 continue
             first = base.setdefault((row.student_rows, row.shared, row.scope), row)
             agrees = f"[red]{row.agrees}[/]" if row.agrees.startswith("no") else row.agrees
             table.add_row(
-                row.method,
+                escape(row.method),
                 str(row.student_rows or ""),
                 str(row.shared or ""),
                 "" if row.scope == "forward+backward" else row.scope,

@@ -106,4 +106,3 @@ def _limit_memory() -> None:
     used = 1024 * int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (used + int(0.9 * available), hard))
-

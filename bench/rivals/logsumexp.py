@@ -47,9 +47,7 @@ def prepare(problem: Problem) -> Callable[[], Tensor]:
 
     def call() -> Tensor:
         needs = (True, True, False)
-        source = LinearRows(
-            problem.student_hidden, head, problem.shared.student_ids, torch.float32, needs_grad=needs
-        )
+        source = LinearRows(problem.student_hidden, head, problem.shared.student_ids, torch.float32, needs_grad=needs)
         return _LogSumExp.apply(problem.student_hidden, head.weight, source, rows)
 
     return call
