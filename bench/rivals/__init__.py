@@ -26,8 +26,15 @@ class Method:
 
 
 def missing(*packages: str) -> str | None:
-    """A reason to refuse, unless the packages are installed."""
-    absent = [package for package in packages if find_spec(package) is None]
+    """A reason to refuse, unless the packages (or modules) are installed."""
+
+    def found(name: str) -> bool:
+        try:
+            return find_spec(name) is not None
+        except ModuleNotFoundError:  # of the package around it
+            return False
+
+    absent = [package for package in packages if not found(package)]
     return f"{', '.join(absent)} not installed" if absent else None
 
 

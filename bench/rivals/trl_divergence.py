@@ -24,7 +24,7 @@ def prepare(problem: Problem) -> Callable[[], Tensor]:
 def refuses(case: Case, device: str) -> str | None:
     if not case.one_vocabulary or case.form != "linear":
         return "one vocabulary only, from hidden states and heads"
-    return missing("trl") or missing("trl.kernels.chunked_divergence")
+    return missing("trl", "trl.kernels.chunked_divergence")
 
 
 METHODS = [Method("TRL chunked divergence", prepare, refuses)]
