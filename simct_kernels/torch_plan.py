@@ -6,6 +6,7 @@ either the K shared columns only or whole rows. A chunk holds no more elements o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,9 @@ from .options import LossOptions
 # times as long and keeps chunks at 12 MB. The figure for other devices (0.5 GB) has not been measured.
 _AUTO_ELEMENTS = {"cpu": 3 << 20}
 _AUTO_ELEMENTS_ELSEWHERE = 1 << 27
+
+# Elements of a chunk that one pass after the other goes over: on the CPU, as many as stay in its cache.
+_BLOCK_ELEMENTS = {"cpu": 1 << 19}
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,27 @@ class Chunk:
 def auto_rows(columns: int, device: torch.device) -> int:
     """The number of rows of `columns` elements that chunk_rows="auto" takes at once: at least 1."""
     return max(1, _AUTO_ELEMENTS.get(device.type, _AUTO_ELEMENTS_ELSEWHERE) // columns)
+
+
+def row_blocks(count: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """Cuts `count` rows of `columns` elements into blocks for passes that need temporaries of their size."""
+    limit = max(1, _BLOCK_ELEMENTS.get(device.type, count * columns) // columns)
+    for start in range(0, count, limit):
+        yield slice(start, min(start + limit, count))
+
+
+def unit_blocks(part: Part, columns: int) -> Iterator[tuple[slice, slice]]:
+    """As `row_blocks` for the rows of a chunk's units, none of them split: the units of a block, and their rows."""
+    if part.rows.device.type not in _BLOCK_ELEMENTS:  # one block, without waiting for the device
+        yield slice(0, len(part.first)), slice(0, len(part.rows))
+        return
+    first = [*part.first.tolist(), len(part.rows)]
+    begin = 0
+    for unit in range(1, len(first)):
+        last = unit == len(first) - 1
+        if last or (first[unit + 1] - first[begin]) * columns > _BLOCK_ELEMENTS[part.rows.device.type]:
+            yield slice(begin, unit), slice(first[begin], first[unit])
+            begin = unit
 
 
 def plan_chunks(
