@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -170,6 +170,7 @@ class LossJob:
             chosen = s.topk(options.top_k, sorted=False).indices  # [g, k]
             s = s.gather(1, chosen)
         teacher_scores = candidate_scores(teacher, chunk.teacher, chunk, options, chosen if picks else None)
+        teacher_scores = replace(teacher_scores, logits=None)  # the largest tensor, read by now
         t = _leave_out(teacher_scores.shared, chunk, chosen if picks else None)
         if chosen is not None and not picks:
             t = t.gather(1, chosen)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .torch_rows import LinearRows
 
 # Rows of the head in a block. Measured on two cores (AVX2, 32 MB of cache, H of 576 and 2,304, float32).
-BLOCK = 1024
+BLOCK = 512
 
 
 class BlockedRows(LinearRows):
