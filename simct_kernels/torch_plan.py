@@ -17,9 +17,9 @@ from torch import Tensor
 from .inputs import AlignedUnits, SharedVocabulary
 from .options import LossOptions
 
-# Elements of one chunk's matrix of scores: 34 MB on the CPU, where products of fewer rows are slower. The figure for other
-# devices (0.5 GB) has not been measured.
-_AUTO_ELEMENTS = {"cpu": 1 << 23}
+# Elements of one chunk's matrix of scores: 67 MB on the CPU, where a head's rows are gathered anew for every chunk. The figure for
+# other devices (0.5 GB) has not been measured.
+_AUTO_ELEMENTS = {"cpu": 1 << 24}
 _AUTO_ELEMENTS_ELSEWHERE = 1 << 27
 
 # Elements of a chunk that one pass after the other goes over: on the CPU, as many as stay in its cache.
