@@ -190,7 +190,7 @@ def sleep():
 
 
 def test_workers_measure_and_survive():
-    with Worker(fresh=True) as worker:
+    with Worker("cpu", fresh=True) as worker:
         for _ in range(2):
             assert worker.call(allocate, 64, seconds=60) == pytest.approx(64 << 20, rel=0.1)
         with pytest.raises(Failed, match="^RuntimeError: on purpose$"):
