@@ -363,7 +363,8 @@ class _SimCT(torch.autograd.Function):
             student_input, _, _, teacher_input = ctx.saved_tensors
             _, gradients = ctx.job.run(student_input, teacher_input, tuple(ctx.needs_input_grad[3:6]), unit_weights)
         else:
-            gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients]
+            if grad_loss.device.type != "cpu" or grad_loss != 1:  # elsewhere looking would wait
+                gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients]
         # float32 until here: the one rounding to the inputs' dtype comes last.
         gradients = [
             None if gradient is None else gradient.to(tensor.dtype)

@@ -50,17 +50,17 @@ class BlockedRows(LinearRows):
                 torch.addmm(hidden_gradient, part, self._weight(block), out=hidden_gradient)
             if self.weight_gradient is not None:
                 # A view that is added to in place where the block is a slice, else a copy that is put back.
-                total = self.weight_gradient[block]
+                total = _rows_of(self.weight_gradient, block)
                 torch.addmm(total, part.T, hidden, out=total)
                 if not isinstance(block, slice):
-                    self.weight_gradient[block] = total
+                    self.weight_gradient.index_copy_(0, block, total)
             if self.bias_gradient is not None:
                 self.bias_gradient[block] += part.sum(0)
         if self.hidden_gradient is not None:
             self.hidden_gradient[rows] += hidden_gradient
 
     def _weight(self, block: slice | Tensor) -> Tensor:  # [b, H]
-        return self.head.weight.detach()[block].to(self.dtype)
+        return _rows_of(self.head.weight.detach(), block).to(self.dtype)
 
     def _blocks(self, ids: Tensor | None) -> Iterator[tuple[slice, slice | Tensor]]:
         """The columns of each block of logits, and the head's rows that they are made of: all, or those named by ids."""
@@ -70,6 +70,10 @@ class BlockedRows(LinearRows):
             end = min(start + BLOCK, count)
             block = ids[start:end] if offset is None else slice(offset + start, offset + end)
             yield slice(start, end), block
+
+
+def _rows_of(matrix: Tensor, block: slice | Tensor) -> Tensor:
+    return matrix[block] if isinstance(block, slice) else matrix.index_select(0, block)
 
 
 def _first_of_range(ids: Tensor) -> int | None:
