@@ -81,7 +81,7 @@ def logits_floor(
     forward = Cost(read + teacher.elements(columns, teacher_vocabulary) * teacher_bytes + tables)
     # What the forward found out of a unit is a few numbers; the gradient needs the candidates' scores of both sides again,
     # and the student's whole rows for their softmax.
-    again = student.elements(columns, student_vocabulary) * student_bytes
+    again = (student.first * columns + student.whole * student_vocabulary) * student_bytes
     again += (teacher.first + teacher.whole_first) * columns * teacher_bytes
     gradient = len(units.student_tokens) * student_vocabulary * student_bytes
     return forward, Cost(again + tables, gradient)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .inputs import AlignedUnits, LMHead, SharedVocabulary
 from .options import LossOptions
-from .torch_backend import PICK_SHARE, add_gradient, apply_job, candidate_scores, compute_dtype, divergence
+from .torch_backend import PICK_SHARE, add_gradient, apply_job, candidate_scores, compute_dtype, divergence, linear_rows
 from .torch_plan import Chunk, plan_chunks
 from .torch_rows import LinearRows, add_repeated
 
@@ -100,7 +100,7 @@ class Job:
         unit_weights: Tensor | None = None,  # [G], what each unit's gradient is multiplied by; None: 1
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """The units' losses [G] and the gradients that are needed, in the compute dtype."""
-        student = LinearRows(
+        student = linear_rows(
             student_hidden, self.student_head, self.shared.student_ids, self.dtype, needs_grad=needs_grad
         )
         losses = torch.zeros(len(self.units), dtype=self.dtype, device=student_hidden.device)
