@@ -55,7 +55,7 @@ def memory(device: str, quick: bool) -> list[Task]:
             seconds=0.1,
         )
     elif device == "cuda":
-        # Three times the memory of an H100 is asked for at the far end: what does not fit is said so.
+        # At the far end whole logits take more than an H100 has: the results say what did not fit.
         tasks = _sweeps(
             pair(GEMMA, QWEN, 97_675, 8192),
             rows=(1024, 2048, 4096, 8192, 16_384, 32_768, 65_536),
