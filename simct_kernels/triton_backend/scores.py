@@ -33,6 +33,18 @@ class Side:
 
 
 @triton.jit
+def finish(z, scale, softcap):
+    """softcap * tanh(scale * z / softcap), of raw products with their bias; either may be None."""
+    if scale is not None:
+        z *= scale
+    if softcap is not None:
+        x = z / softcap
+        small = tl.exp(-2 * tl.abs(x))
+        z = softcap * tl.where(x < 0, small - 1, 1 - small) / (1 + small)
+    return z
+
+
+@triton.jit
 def load_logits(
     values,  # [N, W]
     row_stride,
@@ -50,13 +62,7 @@ def load_logits(
     z = tl.load(pointers, mask=row_mask & column_mask, other=0.0).to(tl.float32)
     if bias is not None:
         z += tl.load(bias + columns, mask=column_mask, other=0.0)
-    if scale is not None:
-        z *= scale
-    if softcap is not None:
-        x = z / softcap
-        small = tl.exp(-2 * tl.abs(x))
-        z = softcap * tl.where(x < 0, small - 1, 1 - small) / (1 + small)
-    return z
+    return finish(z, scale, softcap)
 
 
 @triton.jit
