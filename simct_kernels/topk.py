@@ -139,7 +139,9 @@ class Job(Steps):
         """The losses [g] of a chunk's units; adds their gradient to `student`."""
         options = self.options
         by_column = picks or chunk.student.whole
-        scores = self.candidate_scores(student, chunk.student, chunk, options, candidates.columns if by_column else None)
+        scores = self.candidate_scores(
+            student, chunk.student, chunk, options, candidates.columns if by_column else None
+        )
         s = scores.shared if by_column else scores.shared.gather(1, candidates.columns)
         s = s.masked_fill(~candidates.found, -math.inf)
         if options.top_k is not None and options.top_k < s.shape[1]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..torch_rows import LinearRows, add_repeated
 from . import tiles
-from .scores import finish
 
 
 @triton.jit
@@ -27,15 +26,12 @@ def pick_kernel(
     weight_row_stride,
     weight_column_stride,
     ids,  # int64 [R, k]
-    bias,  # float32 [V] or None
-    scale,  # or None
-    softcap,  # or None
     count,  # k
     width,  # H
     IDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row's logits of IDS of its ids."""
+    """One row's products with IDS of the rows that it names."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * IDS + tl.arange(0, IDS)
     inside = place < count
@@ -50,10 +46,7 @@ def pick_kernel(
         pointers = weight + chosen[:, None] * weight_row_stride + column[None, :] * weight_column_stride
         w = tl.load(pointers, mask=inside[:, None] & within[None, :], other=0.0).to(tl.float32)
         total += w * h[None, :]
-    z = tl.sum(total, 1)
-    if bias is not None:
-        z += tl.load(bias + chosen, mask=inside, other=0.0)
-    tl.store(out + row * count + place, finish(z, scale, softcap), mask=inside)
+    tl.store(out + row * count + place, tl.sum(total, 1), mask=inside)
 
 
 @triton.jit
@@ -172,11 +165,8 @@ def pick(
     rows: Tensor,  # int64 [R]
     weight: Tensor,  # [V, H]
     ids: Tensor,  # int64 [R, k]
-    bias: Tensor | None = None,  # float32 [V]
-    scale: float | None = None,
-    softcap: float | None = None,
 ) -> Tensor:
-    """float32 [R, k]: the logits of hidden[rows[r]] for the tokens ids[r]."""
+    """float32 [R, k]: hidden[rows[r]] times weight[ids[r, j]]."""
     out = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
     count, picked = ids.shape
     if out.numel():
@@ -189,9 +179,6 @@ def pick(
             weight,
             *weight.stride(),
             ids.contiguous(),
-            bias,
-            scale,
-            softcap,
             picked,
             weight.shape[1],
             IDS=shape.rows,
@@ -282,9 +269,8 @@ class IndexedRows(LinearRows):
         self._entries: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, ids and gradient, flat
 
     def pick(self, rows: Tensor, ids: Tensor) -> Tensor:
-        scale = None if self.head.scale == 1 else float(self.head.scale)
-        weight = self.head.weight.detach()
-        return pick(self.hidden, rows, weight, ids, self._bias, scale, self.head.softcap)
+        raw = pick(self.hidden, rows, self.head.weight.detach(), ids)
+        return self._finish(raw, None if self._bias is None else self._bias[ids])
 
     def add_pick(self, rows: Tensor, ids: Tensor, gradient: Tensor) -> None:
         if self.hidden_gradient is not None:

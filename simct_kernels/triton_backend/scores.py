@@ -33,18 +33,6 @@ class Side:
 
 
 @triton.jit
-def finish(z, scale, softcap):
-    """softcap * tanh(scale * z / softcap), of raw products with their bias; either may be None."""
-    if scale is not None:
-        z *= scale
-    if softcap is not None:
-        x = z / softcap
-        small = tl.exp(-2 * tl.abs(x))
-        z = softcap * tl.where(x < 0, small - 1, 1 - small) / (1 + small)
-    return z
-
-
-@triton.jit
 def load_logits(
     values,  # [N, W]
     row_stride,
@@ -62,7 +50,13 @@ def load_logits(
     z = tl.load(pointers, mask=row_mask & column_mask, other=0.0).to(tl.float32)
     if bias is not None:
         z += tl.load(bias + columns, mask=column_mask, other=0.0)
-    return finish(z, scale, softcap)
+    if scale is not None:
+        z *= scale
+    if softcap is not None:
+        x = z / softcap
+        small = tl.exp(-2 * tl.abs(x))
+        z = softcap * tl.where(x < 0, small - 1, 1 - small) / (1 + small)
+    return z
 
 
 @triton.jit
@@ -75,6 +69,22 @@ def log_sum(m, sum_exp):
 def finite_max(m):
     """A maximum that may be taken off its terms: -inf (all terms are) minus itself would be NaN."""
     return tl.where(m == -float("inf"), 0.0, m)
+
+
+@triton.jit
+def add_sums(m1, sum1, m2, sum2):
+    """Maximum and sum of exp(x - m) of two sets taken together."""
+    m = tl.maximum(m1, m2)
+    top = finite_max(m)
+    return m, sum1 * tl.exp(m1 - top) + sum2 * tl.exp(m2 - top)
+
+
+@triton.jit
+def log_add(a, b):
+    """log(e^a + e^b), NaN if either is."""
+    m = tl.maximum(a, b)
+    top = finite_max(m)
+    return log_sum(m, tl.exp(a - top) + tl.exp(b - top))
 
 
 @triton.jit
