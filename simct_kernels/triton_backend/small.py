@@ -19,7 +19,7 @@ from .scores import FORWARD, MIXED, kl_terms, log_mixture, score_gradient
 # Candidates of a unit: a tile of the table is this wide or holds several units. Beyond it the scores of one row no longer
 # fit a program's registers, and the PyTorch function takes over.
 LARGEST = 4096
-_NARROWEST = 32
+NARROWEST = 32
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def divergence(
     losses = torch.empty(count, dtype=torch.float32, device=s.device)
     gradient = torch.empty(count, size, dtype=torch.float32, device=s.device) if needs_grad else None
     shape = tiles.tile("small", s.device)
-    block = max(_NARROWEST, triton.next_power_of_2(size))
+    block = max(NARROWEST, triton.next_power_of_2(size))
     rows = max(1, shape.rows * shape.block // block)
     small_kernel[(triton.cdiv(count, rows),)](
         losses,
