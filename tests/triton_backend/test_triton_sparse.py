@@ -24,7 +24,8 @@ from test_triton_losses import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from simct_kernels import LMHead, triton_backend
+import simct_kernels
+from simct_kernels import LMHead, ops, triton_backend
 from simct_kernels.triton_backend.sparse import ServedJob, TopKJob
 
 inf = math.inf
@@ -269,6 +270,28 @@ def test_top_k_16_of_single_units_costs_at_most_what_it_should():
     full = 4 * size
     kernels = 2 * k + k  # the teacher's scores, and the gradients of hidden states and head
     assert (size + kernels) / full < 0.3
+
+
+@pytest.mark.parametrize("loss", ["simct_loss", "linear_simct_loss", "topk_simct_loss"])
+def test_custom_ops(loss):
+    """What torch.compile calls in the losses' place."""
+    problem = small_problem(LENGTHS[2:])
+    if loss == "simct_loss":
+        arguments, leaf = problem.logits(), None
+    elif loss == "linear_simct_loss":
+        arguments, leaf = problem.arguments(), problem.student_head.weight
+    else:
+        served, (hidden, head, _, _, *rest) = serve(problem, 4), problem.arguments()
+        arguments = hidden, head, served.ids, served.logprobs, served.token_logprobs, *rest
+        leaf = head.weight
+    leaf = arguments[0] if leaf is None else leaf
+    arguments = tuple(map(triton_cases.moved, arguments))
+    keywords = {} if loss == "simct_loss" else {"chunk_rows": "auto"}
+    expected = getattr(simct_kernels, loss)(*arguments, top_k=2, backend="triton")
+    (expected_gradient,) = torch.autograd.grad(expected, leaf)
+    options = triton_backend.LossOptions(top_k=2)
+    total, _ = getattr(ops, loss)(*arguments, options, summed=True, backend="triton", **keywords)
+    assert total.equal(expected) and torch.autograd.grad(total, leaf)[0].equal(expected_gradient)
 
 
 def test_jobs():
