@@ -11,7 +11,6 @@ from kernels.cases import make_problem, relative_error
 from kernels.test_cost import RecordSizes
 from kernels.test_topk import (  # noqa: F401
     serve,
-    test_a_continuation_that_the_teacher_excludes,
     test_autocast_does_not_round,
 )
 from test_triton_losses import (
@@ -189,6 +188,12 @@ def test_nan_that_a_server_gives(beta):
     loss = served.loss(reduction="none", beta=beta)
     bad = torch.arange(len(units)) == longer
     assert loss[bad].isnan().all() and loss[~bad].isfinite().all()
+
+
+def test_a_continuation_that_the_teacher_excludes():
+    served = serve(small_problem([(2, 2)]), 5)
+    served.token_logprobs[served.problem.units.teacher_start[0]] = -inf
+    assert served.loss() == inf and served.loss(beta=0.0).isfinite()
 
 
 def test_a_dropped_nan_unit_leaves_no_gradient():
