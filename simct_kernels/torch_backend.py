@@ -9,15 +9,16 @@ backward pass, which makes the logits again.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .inputs import AlignedUnits, LMHead, SharedVocabulary
 from .options import LossOptions
-from .torch_plan import Chunk, Part, plan_chunks
+from .torch_blocks import BlockedRows
+from .torch_divergence import divergence
+from .torch_plan import Chunk, Part, plan_chunks, row_blocks, unit_blocks
 from .torch_rows import LinearRows, LogitRows, Rows, add_repeated
 
 # A unit's top_k columns are picked one by one (k head rows each) where that is at most a 16th of the K shared columns:
@@ -81,7 +82,7 @@ def candidate_mass(
         teacher_always_whole=side == "teacher",
     )
     dtype = compute_dtype(hidden, head.weight)
-    source = LinearRows(hidden, head, getattr(shared, f"{side}_ids"), dtype)
+    source = linear_rows(hidden, head, getattr(shared, f"{side}_ids"), dtype)
     mass = torch.empty(len(units), dtype=dtype, device=hidden.device)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for chunk in chunks:
@@ -90,25 +91,30 @@ def candidate_mass(
     return mass
 
 
+def linear_rows(
+    hidden: Tensor,  # [N, H]
+    head: LMHead,
+    shared_ids: Tensor,  # int64 [K]
+    dtype: torch.dtype,
+    **needs: tuple[bool, bool, bool],
+) -> LinearRows:
+    """Rows of head(hidden), made in the way that suits their device."""
+    make = BlockedRows if hidden.device.type == "cpu" else LinearRows
+    return make(hidden, head, shared_ids, dtype, **needs)
+
+
 class Steps:
-    """What is done with a chunk of units, in PyTorch; a backend with kernels of its own does these in its own way."""
+    """What is done with a chunk of units, in PyTorch; a backend with kernels of its own does it in its own way."""
 
-    linear_rows: ClassVar[type[LinearRows]] = LinearRows
-    logit_rows: ClassVar[type[LogitRows]] = LogitRows
+    linear_rows = staticmethod(linear_rows)
+    logit_rows = LogitRows
+    divergence = staticmethod(divergence)
 
-    @staticmethod
-    def candidate_scores(
-        source: Rows, part: Part, chunk: Chunk, options: LossOptions, columns: Tensor | None = None
-    ) -> Scores:
-        return candidate_scores(source, part, chunk, options, columns)
+    def candidate_scores(self, *arguments) -> Scores:
+        return candidate_scores(*arguments)
 
-    @staticmethod
-    def divergence(s: Tensor, t: Tensor, options: LossOptions, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-        return divergence(s, t, options, needs_grad)
-
-    @staticmethod
-    def add_gradient(student: Rows, chunk: Chunk, scores: Scores, *arguments) -> None:
-        add_gradient(student, chunk, scores, *arguments)
+    def add_gradient(self, *arguments) -> None:
+        add_gradient(*arguments)
 
 
 @dataclass(frozen=True)
@@ -174,27 +180,37 @@ class LossJob(Steps):
             chosen = s.topk(options.top_k, sorted=False).indices  # [g, k]
             s = s.gather(1, chosen)
         teacher_scores = self.candidate_scores(teacher, chunk.teacher, chunk, options, chosen if picks else None)
+        teacher_scores = replace(teacher_scores, logits=None)  # the largest tensor, read by now
         t = _leave_out(teacher_scores.shared, chunk, chosen if picks else None)
         if chosen is not None and not picks:
             t = t.gather(1, chosen)
 
-        columns = s.shape[1]
-        if chunk.has_continuation:
-            s_all = torch.cat([s, student_scores.continuation[:, None]], dim=1)
-            t_all = torch.cat([t, teacher_scores.continuation[:, None]], dim=1)
-        else:
-            s_all, t_all = s, t
-        losses, gradient = self.divergence(s_all, t_all, options, needs_grad)
+        below = None
         if options.teacher_mass_floor is not None:
             below = _mass(teacher_scores, t, options) < options.teacher_mass_floor
-            losses = losses.masked_fill(below, 0)
-            gradient = None if gradient is None else gradient.masked_fill_(below[:, None], 0)
-        if gradient is not None:
+        losses, by_continuation = s.new_empty(len(s)), s.new_empty(len(s))
+        columns = s.shape[1]
+        for rows in row_blocks(*s.shape, s.device):
+            s_all, t_all = s[rows], t[rows]
+            if chunk.has_continuation:
+                s_all = torch.cat([s_all, student_scores.continuation[rows, None]], dim=1)
+                t_all = torch.cat([t_all, teacher_scores.continuation[rows, None]], dim=1)
+            losses[rows], gradient = self.divergence(s_all, t_all, options, needs_grad)
+            if gradient is None:
+                continue
             if weights is not None:
                 # Filled, not only multiplied: a unit that the caller drops gives 0 even where its gradient is NaN.
-                gradient.mul_(weights[:, None]).masked_fill_(weights[:, None] == 0, 0)
-            by_shared, by_continuation = gradient[:, :columns], gradient[:, columns:].squeeze(1)
-            self.add_gradient(student, chunk, student_scores, s, chosen, picks, by_shared, by_continuation, options)
+                weight = weights[rows, None]
+                gradient.mul_(weight).masked_fill_(weight == 0, 0)
+            if below is not None:
+                gradient.masked_fill_(below[rows, None], 0)
+            t[rows] = gradient[:, :columns]  # the teacher's scores have been read
+            if chunk.has_continuation:
+                by_continuation[rows] = gradient[:, columns]
+        if below is not None:
+            losses.masked_fill_(below, 0)
+        if needs_grad:
+            self.add_gradient(student, chunk, student_scores, s, chosen, picks, t, by_continuation, options)
         return losses
 
 
@@ -222,12 +238,16 @@ def candidate_scores(
     logits = logsumexp = first_logsumexp = continuation = targets = None
     if part.whole:
         logits = source.whole(part.rows)
-        logsumexp = logits.logsumexp(dim=1)
+        logsumexp = torch.cat([logits[block].logsumexp(1) for block in row_blocks(*logits.shape, logits.device)])
         # A row with +inf has no softmax; minus an infinite log-sum-exp its other tokens would merely look impossible.
         logsumexp.masked_fill_(logsumexp == math.inf, math.nan)
         first_logsumexp = logsumexp[part.first]
-        first = logits[part.first]
-        shared = first[:, ids] if columns is None else first.gather(1, ids[columns])
+        if columns is None:
+            shared = logits.new_empty(len(part.first), len(ids))
+            for block in row_blocks(*logits.shape, logits.device):
+                shared[block] = logits[part.first[block]][:, ids]
+        else:
+            shared = logits[part.first[:, None], ids[columns]]
         if options.normalises:
             shared -= first_logsumexp[:, None]
     elif columns is None:
@@ -275,46 +295,8 @@ def _mass(scores: Scores, shared: Tensor, options: LossOptions) -> Tensor:
     if not options.normalises:
         shared = shared - scores.first_logsumexp[:, None]
         continuation = None if continuation is None else continuation - scores.first_logsumexp
-    mass = shared.exp().sum(dim=1)
+    mass = torch.cat([shared[rows].exp().sum(1) for rows in row_blocks(*shared.shape, shared.device)])
     return mass if continuation is None else mass + continuation.exp()
-
-
-def divergence(s: Tensor, t: Tensor, options: LossOptions, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Eq. 8 and 9: the divergence [g] of the softmaxes of s and t, both [g, C], and its gradient by s [g, C].
-
-    A candidate that KL's first argument excludes adds 0; one that only its second excludes makes the loss infinite.
-    """
-    beta = options.beta
-    if options.temperature != 1:
-        s, t = s / options.temperature, t / options.temperature
-    log_q, log_p = s.log_softmax(dim=1), t.log_softmax(dim=1)
-    gradient = None
-    if beta == 0:
-        losses, _ = _kl(log_p, log_q)
-        if needs_grad:
-            gradient = (log_q.exp() - log_p.exp()).masked_fill_(log_q == -math.inf, 0)
-    else:
-        # The derivative of the whole divergence by q is (1 - beta) log(q / m), the mixture m held fixed or not; at
-        # beta = 1 (reverse KL) p takes the mixture's place, and the factor is 1.
-        factor, log_m = 1.0, log_p
-        if beta < 1:
-            factor = 1 - beta
-            log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(factor))
-        kl, ratio = _kl(log_q, log_m)
-        losses = kl if beta == 1 else factor * kl + beta * _kl(log_p, log_m)[0]
-        if needs_grad:
-            gradient = ratio.sub_(kl[:, None]).mul_(log_q.exp_()).mul_(factor)
-    if gradient is not None and options.temperature != 1:
-        gradient /= options.temperature
-    return losses, gradient
-
-
-def _kl(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(a || b) [g] of two log-probabilities [g, C], and log(a / b) [g, C], 0 where a is 0."""
-    ratio = (log_a - log_b).masked_fill_(log_a == -math.inf, 0)
-    # Clamped, so that an infinite ratio counts even where the probability before it underflows.
-    a = log_a.exp().clamp_(min=torch.finfo(log_a.dtype).tiny)
-    return a.mul_(ratio).sum(dim=1), ratio
 
 
 def add_gradient(
@@ -333,13 +315,14 @@ def add_gradient(
     if chunk.has_continuation:
         by_target = by_terms(by_continuation, part, options)
     if scores.logits is None:
-        slope = student.slope(s)
+        for rows in row_blocks(*s.shape, s.device):
+            by_shared[rows] *= student.slope(s[rows])
         if chosen is None:
-            student.add_shared(part.first_rows, by_shared.mul_(slope))
+            student.add_shared(part.first_rows, by_shared)
         elif picks:
-            student.add_pick(part.first_rows, student.shared_ids[chosen], by_shared.mul_(slope))
+            student.add_pick(part.first_rows, student.shared_ids[chosen], by_shared)
         else:
-            wide = torch.zeros_like(scores.shared).scatter_add_(1, chosen, by_shared.mul_(slope))
+            wide = torch.zeros_like(scores.shared).scatter_add_(1, chosen, by_shared)
             student.add_shared(part.first_rows, wide)
         if chunk.has_continuation:
             by_target = (by_target * student.slope(scores.targets))[:, None]
@@ -350,17 +333,20 @@ def add_gradient(
     # unit's first row, off every shared candidate, whose gradients add up to minus the continuation's.
     by_logsumexp = -by_target
     by_logsumexp[part.first] += by_continuation
-    slope = student.slope(scores.logits)
-    gradient = scores.logits.sub_(scores.logsumexp[:, None]).exp_().mul_(by_logsumexp[:, None])
-    gradient.masked_fill_(by_logsumexp[:, None] == 0, 0)
-    first = gradient[part.first]
-    if chosen is None:
-        first[:, student.shared_ids] += by_shared
-    else:
-        first.scatter_add_(1, student.shared_ids[chosen], by_shared)
-    gradient[part.first] = first
-    gradient[torch.arange(len(part.rows), device=part.rows.device), part.tokens] += by_target
-    student.add_whole(part.rows, gradient.mul_(slope))
+    gradient = scores.logits  # written over
+    for units, rows in unit_blocks(part, gradient.shape[1]):
+        block, weight, first = gradient[rows], by_logsumexp[rows, None], part.first[units] - rows.start
+        slope = student.slope(block)
+        block.sub_(scores.logsumexp[rows, None]).exp_().mul_(weight).masked_fill_(weight == 0, 0)
+        first_rows = block[first]
+        if chosen is None:
+            first_rows[:, student.shared_ids] += by_shared[units]
+        else:
+            first_rows.scatter_add_(1, student.shared_ids[chosen[units]], by_shared[units])
+        block[first] = first_rows
+        block[torch.arange(len(block), device=block.device), part.tokens[rows]] += by_target[rows]
+        block.mul_(slope)
+    student.add_whole(part.rows, gradient)
 
 
 def apply_job(

@@ -181,15 +181,29 @@ class LinearRows:
     def _add_products(
         self, rows: Tensor, gradient: Tensor, weight: Callable[[], Tensor], weight_gradient: Tensor | None
     ) -> None:
-        gradient = gradient.to(self.operand_dtype)
+        gradient, unit = as_operand(gradient, self.operand_dtype)
         if self.hidden_gradient is not None:
-            self.hidden_gradient[rows] += product(gradient, weight())
+            made = product(gradient, weight())
+            self.hidden_gradient[rows] += made if unit is None else made * unit
         if weight_gradient is not None:
             hidden = self.hidden[rows].to(self.operand_dtype)
             if self.operand_dtype == self.dtype:
                 torch.addmm(weight_gradient, gradient.T, hidden, out=weight_gradient)
             else:
-                weight_gradient += product(gradient.T, hidden)
+                made = product(gradient.T, hidden)
+                weight_gradient += made if unit is None else made.mul_(unit)
+
+
+def as_operand(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A gradient as a product's operand, and the power of two that the product is to be multiplied by, if any.
+
+    float16 underflows below 6e-8, where the gradient of a student near its teacher lies: the largest element is brought
+    to 2^13 or more.
+    """
+    if dtype != torch.float16:
+        return gradient.to(dtype), None
+    exponent = torch.frexp(gradient.abs().amax()).exponent - 14
+    return torch.ldexp(gradient, -exponent).to(dtype), torch.ldexp(gradient.new_ones(()), exponent)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -268,6 +268,15 @@ class IndexedRows(LinearRows):
         self.pick_width = 1
         self._entries: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, ids and gradient, flat
 
+    def gradient_like(self, values: Tensor) -> Tensor:
+        """Where to write the gradient by `values`: over them, unless the products would copy it in bfloat16 at once.
+
+        A bias's gradient is a sum that 16-bit terms would spoil, and float16 needs the gradient's range first.
+        """
+        if self.operand_dtype != torch.bfloat16 or self.bias_gradient is not None:
+            return values
+        return torch.empty_like(values, dtype=self.operand_dtype)
+
     def pick(self, rows: Tensor, ids: Tensor) -> Tensor:
         raw = pick(self.hidden, rows, self.head.weight.detach(), ids)
         return self._finish(raw, None if self._bias is None else self._bias[ids])

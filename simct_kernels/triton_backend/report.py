@@ -90,8 +90,14 @@ class Launch:
         types = dict(self.signature)
         given = [name for name, kind in self.signature if kind.startswith("*")]
         values = {name: value for name, value in self.constants if value is not None and name.isupper()}
-        optional = [n for n in given if n in ("student_ids", "student_bias", "left_out", "teacher_logsumexp", "state")]
-        optional += [n for n in given if n in ("shared_index", "tokens", "logsumexp", "bias", "wanted", "gradient")]
+        optional = [
+            n for n in given if n in ("student_ids", "student_bias", "student_unit", "teacher_unit", "left_out")
+        ]
+        optional += [
+            n
+            for n in given
+            if n in ("shared_index", "tokens", "logsumexp", "student_targets", "bias", "wanted", "gradient")
+        ]
         read = next(types[name][1:] for name in ("values", "student", "weight", "hidden", "partial") if name in types)
         return " ".join([read, *(f"{k}={v}" for k, v in values.items()), *optional])
 
@@ -137,8 +143,7 @@ def _cases(quick: bool) -> Iterator:
     for mode in modes:
         yield lambda mode=mode: _run_logits(torch.bfloat16, **mode)
         yield lambda mode=mode: _run_linear(True, torch.bfloat16, **mode, **everything)
-        sizes = [small.LARGEST] if quick else [2**n for n in range(5, 13)]
-        for size in sizes:
+        for size in [small.LARGEST] if quick else [2**n for n in range(5, 13)]:
             yield lambda mode=mode, size=size: _run_small(size, True, **mode)
             if not quick:
                 yield lambda mode=mode, size=size: _run_small(size, False, **mode)
@@ -217,9 +222,9 @@ def _run_sparse(dtype: torch.dtype, full_head: bool) -> None:
     linear_simct_loss(*arguments, summed=True, chunk_rows="auto")
     entries = torch.zeros(2 * tiles.SEGMENT, dtype=torch.int64)
     indexed.add_weight_gradient(torch.zeros(_WIDTH, 16), entries.float(), hidden.detach(), entries, entries)
-    # On a GPU with 16-bit operands and no bias the gradient by raw products has their 16 bits.
-    side, row = Side(torch.zeros(3, _WIDTH), None, None, head.scale, head.softcap), torch.zeros(3)
-    softmax.write_softmax(torch.zeros(3, _WIDTH, dtype=dtype), side, None, row, row)
+    if dtype == torch.bfloat16:  # as is the gradient on a GPU, of a head without bias
+        side, row = Side(torch.zeros(3, _WIDTH), None, None, head.scale, head.softcap), torch.zeros(3)
+        softmax.write_softmax(torch.zeros(3, _WIDTH, dtype=dtype), side, None, row, row)
     logits = torch.zeros(len(units.student_tokens), _WIDTH, dtype=dtype, requires_grad=True)
     teacher_logits = torch.zeros(len(units.teacher_tokens), _WIDTH, dtype=dtype)
     simct_loss(logits, teacher_logits, units, shared, LossOptions(top_k=2), summed=True)

@@ -1,6 +1,6 @@
 """The divergence of few candidates a unit, and its gradient, in one launch: Eq. 8 and 9 with a unit's scores in registers.
 
-What `torch_backend.divergence` computes, on matrices narrow enough: see `LARGEST`.
+What `torch_divergence.divergence` computes, on matrices narrow enough: see `LARGEST`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import torch_backend
+from .. import torch_divergence
 from ..options import LossOptions
 from . import tiles
 from .candidates import mode_of
@@ -71,10 +71,10 @@ def divergence(
     options: LossOptions,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `torch_backend.divergence`."""
+    """As `torch_divergence.divergence`."""
     count, size = s.shape
     if not count or size > LARGEST:
-        return torch_backend.divergence(s, t, options, needs_grad)
+        return torch_divergence.divergence(s, t, options, needs_grad)
     losses = torch.empty(count, dtype=torch.float32, device=s.device)
     gradient = torch.empty(count, size, dtype=torch.float32, device=s.device) if needs_grad else None
     shape = tiles.tile("small", s.device)

@@ -8,8 +8,6 @@ softmax over the vocabulary and, apart from it, the chosen columns' own.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from .. import topk, torch_backend
 from ..options import LossOptions
 from ..torch_backend import Scores, Steps, by_terms, continuation_scores
 from ..torch_plan import Chunk, Part
-from ..torch_rows import LinearRows, LogitRows, product
+from ..torch_rows import LogitRows, product
 from . import small
 from .indexed import IndexedRows
 from .rows import row_logsumexp
@@ -42,9 +40,7 @@ class _LinearRows(IndexedRows):
 
     def add_softmax(self, rows: Tensor, values: Tensor, logsumexp: Tensor, by_logsumexp: Tensor) -> None:
         """Adds by_logsumexp [R] times the softmax of the rows, which it may write over `values`."""
-        out = values
-        if self.operand_dtype != self.dtype and self.bias_gradient is None:
-            out = torch.empty_like(values, dtype=self.operand_dtype)  # the products want 16 bits; a sum for a bias none
+        out = self.gradient_like(values)
         write_softmax(out, self._side(values), None, logsumexp, by_logsumexp)
         self.add_whole(rows, out)
 
@@ -76,16 +72,16 @@ class _LogitRows(LogitRows):
 
 
 class _KernelSteps(Steps):
-    linear_rows: ClassVar[type[LinearRows]] = _LinearRows
-    logit_rows: ClassVar[type[LogitRows]] = _LogitRows
+    linear_rows = _LinearRows
+    logit_rows = _LogitRows
     divergence = staticmethod(small.divergence)
 
     def run(self, student_input: Tensor, *arguments) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         with torch.cuda.device_of(student_input):  # Triton launches on the current device
             return super().run(student_input, *arguments)
 
-    @staticmethod
     def candidate_scores(
+        self,
         source: _LinearRows | _LogitRows,
         part: Part,
         chunk: Chunk,
@@ -107,8 +103,8 @@ class _KernelSteps(Steps):
             continuation = continuation_scores(targets - logsumexp if options.normalises else targets, part, options)
         return Scores(shared, continuation, targets, values, logsumexp, first_logsumexp)
 
-    @staticmethod
     def add_gradient(
+        self,
         student: _LinearRows | _LogitRows,
         chunk: Chunk,
         scores: Scores,

@@ -48,7 +48,7 @@ def small_tiles(monkeypatch):
 
     small = {
         "logsumexp": tiles.Tile(1, 32, 4),
-        "statistics": tiles.Tile(4, 32, 4),
+        "forward": tiles.Tile(4, 32, 4),
         "gradient": tiles.Tile(4, 32, 4),
         "softmax": tiles.Tile(1, 32, 4),
         "pick": tiles.Tile(4, 16, 4),

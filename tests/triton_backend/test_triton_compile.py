@@ -9,9 +9,9 @@ import pytest
 
 ARCHS = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}  # shared memory of one program, bytes
 # What reads logits, or rows of a head or of hidden states, and what reads a few numbers a unit.
-WIDE = {"logsumexp_kernel", "statistics_kernel", "gradient_kernel", "softmax_kernel"}
+WIDE = {"logsumexp_kernel", "forward_kernel", "gradient_kernel", "softmax_kernel"}
 WIDE |= {"pick_kernel", "hidden_gradient_kernel", "weight_gradient_kernel", "join_kernel"}
-NARROW = {"continuation_kernel", "finish_kernel", "small_kernel"}
+NARROW = {"finish_kernel", "mixture_kernel", "small_kernel"}
 
 
 @pytest.fixture(scope="module", params=ARCHS)
