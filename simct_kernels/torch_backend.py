@@ -9,9 +9,7 @@ backward pass, which makes the logits again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -105,8 +103,22 @@ def linear_rows(
     return make(hidden, head, shared_ids, dtype, **needs)
 
 
+class Steps:
+    """What is done with a chunk of units, in PyTorch; a backend with kernels of its own does it in its own way."""
+
+    linear_rows = staticmethod(linear_rows)
+    logit_rows = LogitRows
+    divergence = staticmethod(divergence)
+
+    def candidate_scores(self, *arguments) -> Scores:
+        return candidate_scores(*arguments)
+
+    def add_gradient(self, *arguments) -> None:
+        add_gradient(*arguments)
+
+
 @dataclass(frozen=True)
-class LossJob:
+class LossJob(Steps):
     """What a loss is computed from, besides the tensors that autograd must see."""
 
     units: AlignedUnits
@@ -116,8 +128,6 @@ class LossJob:
     teacher_head: LMHead | None
     chunk_rows: int | str
     dtype: torch.dtype
-
-    linear_rows: ClassVar[Callable[..., LinearRows]] = staticmethod(linear_rows)  # another backend has its own
 
     def run(
         self,
@@ -130,8 +140,8 @@ class LossJob:
         student: Rows
         teacher: Rows
         if self.student_head is None or self.teacher_head is None:
-            student = LogitRows(student_input, self.shared.student_ids, self.dtype, needs_grad=needs_grad[0])
-            teacher = LogitRows(teacher_input, self.shared.teacher_ids, self.dtype)
+            student = self.logit_rows(student_input, self.shared.student_ids, self.dtype, needs_grad=needs_grad[0])
+            teacher = self.logit_rows(teacher_input, self.shared.teacher_ids, self.dtype)
         else:
             ids = self.shared.student_ids
             student = self.linear_rows(student_input, self.student_head, ids, self.dtype, needs_grad=needs_grad)
@@ -143,7 +153,7 @@ class LossJob:
             self.units,
             self.shared,
             self.options,
-            shared_width=max(len(self.shared), top_k * max(student.width, teacher.width) if picks else 0),
+            shared_width=max(len(self.shared), top_k * max(student.pick_width, teacher.pick_width) if picks else 0),
             student_columns=student.columns,
             teacher_columns=teacher.columns,
             chunk_rows=self.chunk_rows,
@@ -163,13 +173,13 @@ class LossJob:
     ) -> Tensor:
         """The losses [g] of a chunk's units; adds their gradient to `student`."""
         options = self.options
-        student_scores = candidate_scores(student, chunk.student, chunk, options)
+        student_scores = self.candidate_scores(student, chunk.student, chunk, options)
         s = _leave_out(student_scores.shared, chunk)  # [g, K]
         chosen = None
         if options.top_k is not None and options.top_k < s.shape[1]:
             chosen = s.topk(options.top_k, sorted=False).indices  # [g, k]
             s = s.gather(1, chosen)
-        teacher_scores = candidate_scores(teacher, chunk.teacher, chunk, options, chosen if picks else None)
+        teacher_scores = self.candidate_scores(teacher, chunk.teacher, chunk, options, chosen if picks else None)
         teacher_scores = replace(teacher_scores, logits=None)  # the largest tensor, read by now
         t = _leave_out(teacher_scores.shared, chunk, chosen if picks else None)
         if chosen is not None and not picks:
@@ -185,7 +195,7 @@ class LossJob:
             if chunk.has_continuation:
                 s_all = torch.cat([s_all, student_scores.continuation[rows, None]], dim=1)
                 t_all = torch.cat([t_all, teacher_scores.continuation[rows, None]], dim=1)
-            losses[rows], gradient = divergence(s_all, t_all, options, needs_grad)
+            losses[rows], gradient = self.divergence(s_all, t_all, options, needs_grad)
             if gradient is None:
                 continue
             if weights is not None:
@@ -200,12 +210,12 @@ class LossJob:
         if below is not None:
             losses.masked_fill_(below, 0)
         if needs_grad:
-            add_gradient(student, chunk, student_scores, s, chosen, picks, t, by_continuation, options)
+            self.add_gradient(student, chunk, student_scores, s, chosen, picks, t, by_continuation, options)
         return losses
 
 
 @dataclass(frozen=True)
-class _Scores:
+class Scores:
     """One side's scores of a chunk's candidates, up to a constant for each unit where its log-sum-exps cancel."""
 
     shared: Tensor  # [g, K] or [g, k]
@@ -222,7 +232,7 @@ def candidate_scores(
     chunk: Chunk,
     options: LossOptions,
     columns: Tensor | None = None,  # int64 [g, k], the shared columns wanted; None: all K
-) -> _Scores:
+) -> Scores:
     """Eq. 7 for one side."""
     ids = source.shared_ids
     logits = logsumexp = first_logsumexp = continuation = targets = None
@@ -250,10 +260,21 @@ def candidate_scores(
         else:
             targets = source.pick(part.rows, part.tokens[:, None]).squeeze(1)
         terms = targets - logsumexp if part.whole and options.normalises else targets
-        continuation = add_repeated(terms.new_zeros(len(part.length)), part.unit, terms)
-        if options.score != "sum_logprob":
-            continuation = continuation / part.length
-    return _Scores(shared, continuation, targets, logits, logsumexp, first_logsumexp)
+        continuation = continuation_scores(terms, part, options)
+    return Scores(shared, continuation, targets, logits, logsumexp, first_logsumexp)
+
+
+def continuation_scores(terms: Tensor, part: Part, options: LossOptions) -> Tensor:
+    """The scores [g] of a chunk's continuations, from the terms [R] of their rows."""
+    total = add_repeated(terms.new_zeros(len(part.length)), part.unit, terms)
+    return total if options.score == "sum_logprob" else total / part.length
+
+
+def by_terms(by_continuation: Tensor, part: Part, options: LossOptions) -> Tensor:
+    """The gradient [R] by the terms of `continuation_scores`, from that by the scores [g]."""
+    if options.score != "sum_logprob":
+        by_continuation = by_continuation / part.length
+    return by_continuation[part.unit]
 
 
 def _leave_out(shared: Tensor, chunk: Chunk, columns: Tensor | None = None) -> Tensor:
@@ -268,7 +289,7 @@ def _leave_out(shared: Tensor, chunk: Chunk, columns: Tensor | None = None) -> T
     return shared
 
 
-def _mass(scores: _Scores, shared: Tensor, options: LossOptions) -> Tensor:
+def _mass(scores: Scores, shared: Tensor, options: LossOptions) -> Tensor:
     """The probability [g] of the candidates, `shared` [g, K] and the continuation, of a side that reads whole rows."""
     continuation = scores.continuation
     if not options.normalises:
@@ -281,7 +302,7 @@ def _mass(scores: _Scores, shared: Tensor, options: LossOptions) -> Tensor:
 def add_gradient(
     student: Rows,
     chunk: Chunk,
-    scores: _Scores,
+    scores: Scores,
     s: Tensor,  # [g, C], the shared scores that the divergence saw
     chosen: Tensor | None,  # int64 [g, C], their columns; None: all K
     picks: bool,
@@ -292,9 +313,7 @@ def add_gradient(
     """Carries the gradient by the scores back to the student's logits."""
     part = chunk.student
     if chunk.has_continuation:
-        by_target = by_continuation[part.unit]  # [R]
-        if options.score != "sum_logprob":
-            by_target = by_target / part.length[part.unit]
+        by_target = by_terms(by_continuation, part, options)
     if scores.logits is None:
         for rows in row_blocks(*s.shape, s.device):
             by_shared[rows] *= student.slope(s[rows])

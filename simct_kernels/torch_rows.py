@@ -21,7 +21,7 @@ class Rows(Protocol):
 
     shared_ids: Tensor  # int64 [K]
     columns: int  # V
-    width: int  # elements that one row of `pick` with one column costs
+    pick_width: int  # elements that one row of `pick` with one column costs
 
     def shared(self, rows: Tensor) -> Tensor: ...  # [g] -> [g, K]
     def whole(self, rows: Tensor) -> Tensor: ...  # [R] -> [R, V]
@@ -37,7 +37,7 @@ class Rows(Protocol):
 class LogitRows:
     """Rows of given logits. The gradient has the logits' shape and dtype."""
 
-    width = 1
+    pick_width = 1
 
     def __init__(
         self,
@@ -90,6 +90,7 @@ class LinearRows:
     ) -> None:
         self.hidden, self.head, self.shared_ids, self.dtype = hidden.detach(), head, shared_ids, dtype
         self.columns, self.width = head.weight.shape
+        self.pick_width = self.width
         # CUDA multiplies 16-bit operands into a 32-bit result; elsewhere the result would be rounded to 16 bits, so the
         # operands are widened first.
         native = hidden.is_cuda and torch.version.hip is None and hidden.dtype == head.weight.dtype
