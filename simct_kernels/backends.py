@@ -10,7 +10,12 @@ import torch
 
 # A backend is a module with `simct_loss` and `linear_simct_loss` as in `reference`. One whose gradients are
 # made in the forward pass also has `linear_job`, which gives the custom ops a job as in `torch_backend` to run.
-BACKENDS = {"triton": "triton_backend", "torch": "torch_backend", "reference": "reference"}
+BACKENDS = {
+    "triton": "triton_backend",
+    "triton_fused": "triton_backend.fused_backend",  # only for comparison: its gradients are not deterministic
+    "torch": "torch_backend",
+    "reference": "reference",
+}
 ALL = tuple(BACKENDS)
 
 

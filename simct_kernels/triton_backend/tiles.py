@@ -28,6 +28,34 @@ _NVIDIA = {"logsumexp": Tile(1, 4096, 8), "statistics": Tile(4, 1024, 8), "gradi
 _AMD = {"logsumexp": Tile(1, 2048, 4), "statistics": Tile(2, 1024, 4), "gradient": Tile(2, 1024, 4)}
 TILES = {80: _NVIDIA, 90: _NVIDIA, 100: _NVIDIA, "gfx942": _AMD}
 
+
+@dataclass(frozen=True)
+class FusedTile:
+    """Of a kernel that makes its logits itself: ROWS by BLOCK logits, DEPTH of the width in each step of the products.
+
+    "scores" and "gradient" of one architecture share their BLOCK: the former leaves what the latter skips tiles by.
+    """
+
+    rows: int
+    block: int
+    depth: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """A launch's keywords."""
+        names = {"ROWS": self.rows, "BLOCK": self.block, "DEPTH": self.depth}
+        return names | {"num_warps": self.warps, "num_stages": self.stages}
+
+
+_FUSED = {
+    "scores": FusedTile(64, 128, 64, 8, 3),
+    "gradient": FusedTile(64, 128, 64, 8, 3),
+    "scores32": FusedTile(32, 64, 32, 4, 2),
+    "gradient32": FusedTile(32, 64, 32, 4, 2),
+}
+FUSED_TILES = {80: _FUSED, 90: _FUSED, 100: _FUSED, "gfx942": _FUSED}
+
 UNITS = 64  # units of one program of the small kernels, whose data is a number or two a unit
 # Programs of one launch that reads long rows, for each multiprocessor: rows are split between programs up to that.
 _PROGRAMS = 4
@@ -38,7 +66,11 @@ def tile(kernel: str, device: torch.device) -> Tile:
     return TILES[_architecture(device)][kernel]
 
 
-def splits(rows: int, columns: int, shape: Tile, device: torch.device) -> tuple[int, int]:
+def fused_tile(kernel: str, device: torch.device) -> FusedTile:
+    return FUSED_TILES[_architecture(device)][kernel]
+
+
+def splits(rows: int, columns: int, shape: Tile | FusedTile, device: torch.device) -> tuple[int, int]:
     """Over how many programs each row is split, and how many tiles each of them takes."""
     tiles = triton.cdiv(columns, shape.block)
     wanted = _PROGRAMS * _multiprocessors(device) // triton.cdiv(rows, shape.rows)
