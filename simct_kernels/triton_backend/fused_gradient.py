@@ -91,6 +91,23 @@ def head_slope(gradient, z, scale, softcap):
 
 
 @triton.jit
+def score_bound(log_q, log_p, kl, beta, MODE: tl.constexpr):
+    """What |score_gradient| cannot pass in a tile: see this file's docstring."""
+    q = tl.exp(log_q)
+    if MODE == FORWARD:
+        p = tl.exp(log_p)
+        bound = tl.where(p > q, p, q)
+    else:
+        if MODE == REVERSE:
+            bound = q * (tl.abs(log_q) + tl.abs(log_p) + tl.abs(kl))
+        else:
+            bound = (1 - beta) * q * (tl.abs(log_q) - tl.log(1 - beta) + tl.abs(kl))
+        bound = tl.where(log_q <= -1, bound, float("inf"))
+        bound = tl.where(log_q == -float("inf"), 0.0 * kl, bound)
+    return bound
+
+
+@triton.jit
 def any_above(values, limit, mask):
     """Whether any of the values [ROWS] or [ROWS, BLOCK] is above the limit, or NaN."""
     return tl.max(tl.ravel((mask & ~(values <= limit)).to(tl.int32)), 0) != 0
@@ -150,27 +167,15 @@ def fused_gradient_kernel(
 
     tile = tl.program_id(1)
     place = extremes + tl.cast(tile, tl.int64) * count + unit
-    log_q = tl.load(place, mask=live, other=0.0)[:, None] - student_max - student_log
-    q = tl.exp(log_q)
+    top = tl.load(place, mask=live, other=0.0)[:, None] - student_max - student_log
+    other = top
     if MODE == FORWARD or MODE == REVERSE:
         place += tl.num_programs(1).to(tl.int64) * count
-        log_p = tl.load(place, mask=live, other=0.0)[:, None] - teacher_max - teacher_log
-    if MODE == FORWARD:
-        p = tl.exp(log_p)
-        bound = tl.where(p > q, p, q) + 0.0 * kl
-    else:
-        if MODE == REVERSE:
-            spread = tl.abs(log_q) + tl.abs(log_p) + tl.abs(kl)
-            bound = q * spread
-        else:
-            spread = tl.abs(log_q) - tl.log(1 - beta) + tl.abs(kl)
-            bound = (1 - beta) * q * spread
-        bound = tl.where(log_q <= -1, bound, float("inf"))
-        bound = tl.where(log_q == -float("inf"), 0.0 * kl, bound)
-    steepest = inverse_temperature
+        other = tl.load(place, mask=live, other=0.0)[:, None] - teacher_max - teacher_log
+    bound = score_bound(top, other, kl, beta, MODE) * inverse_temperature
     if student_scale is not None:
-        steepest *= tl.abs(student_scale)
-    if any_above(bound * steepest, threshold, live[:, None]):
+        bound *= tl.abs(student_scale)
+    if any_above(bound, threshold, live[:, None]):
         index = tile * BLOCK + tl.arange(0, BLOCK)
         inside = index < size
         student_row = tl.load(student_rows + unit, mask=live, other=0)
