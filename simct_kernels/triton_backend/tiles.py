@@ -48,13 +48,15 @@ class FusedTile:
         return names | {"num_warps": self.warps, "num_stages": self.stages}
 
 
-_FUSED = {
-    "scores": FusedTile(64, 128, 64, 8, 3),
-    "gradient": FusedTile(64, 128, 64, 8, 3),
-    "scores32": FusedTile(32, 64, 32, 4, 2),
-    "gradient32": FusedTile(32, 64, 32, 4, 2),
+_FUSED_NVIDIA = {"scores": FusedTile(64, 128, 64, 8, 3), "gradient": FusedTile(64, 128, 32, 8, 3)}
+_FUSED_AMD = {"scores": FusedTile(64, 64, 64, 4, 2), "gradient": FusedTile(64, 64, 32, 4, 2)}
+_FUSED_32 = {"scores32": FusedTile(32, 64, 16, 4, 2), "gradient32": FusedTile(32, 64, 16, 4, 2)}
+FUSED_TILES = {
+    80: _FUSED_NVIDIA | _FUSED_32,
+    90: _FUSED_NVIDIA | _FUSED_32,
+    100: _FUSED_NVIDIA | _FUSED_32,
+    "gfx942": _FUSED_AMD | _FUSED_32,
 }
-FUSED_TILES = {80: _FUSED, 90: _FUSED, 100: _FUSED, "gfx942": _FUSED}
 
 UNITS = 64  # units of one program of the small kernels, whose data is a number or two a unit
 # Programs of one launch that reads long rows, for each multiprocessor: rows are split between programs up to that.
