@@ -1,1 +1,1 @@
-"""Benchmarks. They import the packages; nothing imports them."""
+"""Benchmarks: `python -m bench` (see README.md here). They import the packages; nothing but the tests imports them."""

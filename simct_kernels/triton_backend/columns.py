@@ -23,6 +23,7 @@ class Columns:
     ids: Tensor | None  # int32 [K]; None where shared token k is column k
     padded: Tensor  # int64 [K'], the ids, the last one repeated to a multiple of _PAD
     _index: dict[int, Tensor] = field(default_factory=dict)
+    _rest: dict[int, Tensor] = field(default_factory=dict)
 
     def index(self, width: int) -> Tensor | None:
         """int32 [width], which shared token a column is, -1 for none; None where column k is token k for all K."""
@@ -33,6 +34,14 @@ class Columns:
             index[self.ids.long()] = torch.arange(len(self.ids), dtype=torch.int32, device=self.ids.device)
             self._index[width] = index
         return self._index[width]
+
+    def rest(self, width: int) -> Tensor | None:
+        """int32 [width - K], the columns that are not shared, ascending; None where they are those from K on."""
+        if self.ids is None:
+            return None
+        if width not in self._rest:
+            self._rest[width] = (self.index(width) < 0).nonzero().squeeze(1).int()
+        return self._rest[width]
 
 
 def columns_of(

@@ -139,7 +139,7 @@ def fused_statistics_kernel(
     teacher_rows,  # int64 [G]
     left_out,  # bool [G, K] or None
     teacher_logsumexp,  # float32 [G]; None: no mass is asked for
-    state,  # float32 [8, G], for the second pass; else None
+    state,  # float32 [10, G], for the second pass; else None
     count,  # G
     size,  # K
     tiles_each,
@@ -319,7 +319,7 @@ def columns_at(ids, index, inside):
 
 @triton.jit
 def load_state(state, field, unit, count, mask):
-    """[ROWS, 1], a row of the state [8, G] (see Units in candidates.py)."""
+    """[ROWS, 1], a row of the state (see Units in candidates.py)."""
     return tl.load(state + field * count + unit, mask=mask, other=0.0)[:, None]
 
 

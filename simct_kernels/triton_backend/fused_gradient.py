@@ -140,7 +140,7 @@ def fused_gradient_kernel(
     teacher_ids,  # int32 [K] or None
     teacher_rows,  # int64 [G]
     left_out,  # bool [G, K] or None
-    state,  # float32 [8, G]: see Units
+    state,  # float32 [10, G]: see Units
     weights,  # float32 [G], what each unit's gradient is multiplied by
     threshold,
     count,  # G
@@ -264,13 +264,13 @@ def fused_logsumexp_gradient_kernel(
     """What log-sum-exps of whole rows add: factor times the row's softmax."""
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside_rows = place < count
-    factor = tl.load(factors + place, mask=inside_rows, other=0.0)[:, None]
-    row_weight = tl.load(weights + place, mask=inside_rows, other=0.0)[:, None]
-    normaliser = tl.load(logsumexp + place, mask=inside_rows, other=0.0)[:, None]
+    row_weight = tl.load(weights + place, mask=inside_rows, other=0.0)
+    live = row_weight != 0
+    factor = tl.load(factors + place, mask=live, other=0.0)[:, None]
+    normaliser = tl.load(logsumexp + place, mask=live, other=0.0)[:, None]
     tile = tl.program_id(1)
-    live = (tl.load(weights + place, mask=inside_rows, other=0.0) != 0) & inside_rows
     wanted = live[:, None] & (factor != 0)
-    top = tl.load(largest + tl.cast(tile, tl.int64) * count + place, mask=inside_rows, other=0.0)[:, None]
+    top = tl.load(largest + tl.cast(tile, tl.int64) * count + place, mask=live, other=0.0)[:, None]
     bound = tl.exp(top - normaliser) * tl.abs(factor)
     if scale is not None:
         bound *= tl.abs(scale)
@@ -304,7 +304,7 @@ def fused_logsumexp_gradient_kernel(
                 hidden_gradient,
                 weight_gradient,
                 bias_gradient,
-                tl.where(keep, gradient * row_weight, 0.0),
+                tl.where(keep, gradient * row_weight[:, None], 0.0),
                 hidden,
                 hidden_stride,
                 weight,

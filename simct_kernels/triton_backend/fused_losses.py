@@ -18,7 +18,7 @@ from .scores import FORWARD, MIXED, kl_terms, log_mixture, merge, score_gradient
 
 @triton.jit
 def fused_finish_kernel(
-    out,  # float32 [8, G]: see Units
+    out,  # float32 [10, G]: the first 8 of candidates.Units
     partial,  # float32 [6, splits, G], of fused_statistics_kernel
     student_continuation,  # float32 [G]; None: no unit has one
     teacher_continuation,  # float32 [G]
@@ -141,7 +141,7 @@ def fused_divergence(
     if needs_grad:
         extremes = torch.empty(2, triton.cdiv(candidates.size, shape.block), count, device=device)
     partial = torch.empty(6, split_count, count, device=device)
-    units = Units(torch.zeros(8, count, device=device))
+    units = Units(torch.zeros(10, count, device=device), None)
     mode = mode_of(options.beta)
     temperature = 1 / options.temperature
     for second in (False, True)[: 2 if mode == MIXED.value else 1]:

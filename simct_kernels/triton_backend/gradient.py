@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -42,7 +40,7 @@ def gradient_kernel(
     teacher_rows,  # int64 [G]
     left_out,  # bool [any, K] or None
     left_out_rows,  # int64 [G]
-    state,  # float32 [8, G]: see Units
+    state,  # float32 [10, G]: see Units
     weights,  # float32 [G], what each unit's gradient is multiplied by
     count,  # N
     unit_count,  # G
@@ -145,33 +143,9 @@ def gradient_kernel(
     tl.store(pointers, gradient.to(out.dtype.element_ty), mask=inside_rows[:, None] & inside_columns)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Which rows and columns of the student's logits a gradient falls on."""
-
-    shared_index: Tensor | None  # int32 [W], which shared candidate a column is, -1 for none; None: the first K are
-    row_unit: Tensor | None = None  # int64 [N], the unit of each row, -1 for none; None: row g is unit g's first row
-    first_rows: Tensor | None = None  # int64 [G]
-    lengths: Tensor | None = None  # int64 [G]
-    tokens: Tensor | None = None  # int64 [N]; None: the continuations' own tokens are not among the columns
-    has_continuation: Tensor | None = None  # bool [G]; None: all have one
-    logsumexp: Tensor | None = None  # float32 [N], where the scores of longer units read whole rows
-
-    def arguments(self) -> tuple:
-        return (
-            self.shared_index,
-            self.row_unit,
-            self.first_rows,
-            self.lengths,
-            self.tokens,
-            self.has_continuation,
-            self.logsumexp,
-        )
-
-
 def write_gradient(
     out: Tensor,  # [N, W]
-    layout: Layout,
+    shared_index: Tensor | None,  # int32 [W], which shared candidate a column is, -1 for none; None: the first K are
     candidates: Candidates,
     units: Units,
     weights: Tensor | None,  # [G]; None: 1
@@ -179,24 +153,28 @@ def write_gradient(
 ) -> None:
     """Writes the losses' gradient by the values of the student's side into `out`, which may be those values."""
     weights = units.weighted(weights, torch.ones_like(units.losses))
-    count, width = out.shape
+    student, teacher = candidates.student, candidates.teacher
+    own = None if candidates.continues is False or student.targets is not None else student.tokens
     shape = tiles.tile("gradient", out.device)
-    gradient_kernel[triton.cdiv(count, shape.rows), triton.cdiv(width, shape.block)](
+    gradient_kernel[triton.cdiv(out.shape[0], shape.rows), triton.cdiv(out.shape[1], shape.block)](
         out,
         out.stride(0),
-        *candidates.student.arguments(),
-        *layout.arguments(),
-        *candidates.teacher.arguments(),
-        candidates.teacher.ids,
-        candidates.teacher_rows,
+        *student.side.arguments(),
+        shared_index,
+        student.unit,
+        None if student.unit is None else student.rows,
+        student.length,
+        own,
+        candidates.has_continuation,
+        units.student_logsumexp,
+        *teacher.side.arguments(),
+        teacher.side.ids,
+        teacher.rows,
         candidates.left_out,
         candidates.left_out_rows,
         units.state,
         weights,
-        count,
-        units.state.shape[1],
-        width,
-        candidates.size,
+        *(out.shape[0], units.state.shape[1], out.shape[1], candidates.size),
         1 / options.temperature,
         float(options.beta),
         MODE=mode_of(options.beta),

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import torch_backend
-from ..options import LossOptions
 from ..torch_plan import Chunk, Part
 from ..torch_rows import LinearRows, product
-from .candidates import Candidates, divergence
+from .candidates import Candidates, UnitRows, divergence
 from .columns import columns_of
-from .gradient import Layout, write_gradient
-from .rows import continuation_scores, row_logsumexp
+from .gradient import write_gradient
 from .scores import Side
 
 
@@ -31,14 +29,18 @@ class _RawRows(LinearRows):
         super().__init__(hidden, head, shared_ids, dtype, **needs)
         self.placed = columns_of(shared_ids)
 
-    def side(self, part: Part) -> tuple[Side, Tensor]:
-        """The logits that a chunk's units need, and the row of each unit's candidates [g] among them."""
+    def unit_rows(self, chunk: Chunk, part: Part) -> UnitRows:
+        """The logits of this side that a chunk's units need, and where each unit's are."""
         scale = None if self.head.scale == 1 else float(self.head.scale)
         if part.whole:
-            return Side(self.whole(part.rows), self.placed.ids, self._bias, scale, self.head.softcap), part.first
+            side = Side(self.whole(part.rows), self.placed.ids, self._bias, scale, self.head.softcap)
+            rest = self.placed.rest(self.columns)
+            return UnitRows(side, part.first, part.first, part.length, part.tokens, unit=part.unit, rest=rest)
         bias = None if self._bias is None else self._bias[self.placed.padded]
+        side = Side(self.shared(part.first_rows), None, bias, scale, self.head.softcap)
+        targets = self.pick(part.rows, part.tokens[:, None]).squeeze(1) if chunk.has_continuation else None
         rows = torch.arange(len(part.first), device=part.first.device)
-        return Side(self.shared(part.first_rows), None, bias, scale, self.head.softcap), rows
+        return UnitRows(side, rows, part.first, part.length, None, targets)
 
     def gradient_like(self, values: Tensor) -> Tensor:
         """Where to write the gradient by `values`: over them, unless the products would copy it in 16 bits at once.
@@ -92,58 +94,34 @@ class LinearJob(torch_backend.LossJob):
         weights: Tensor | None,  # [g]
     ) -> Tensor:
         options = self.options
-        student_side, student_rows = student.side(chunk.student)
-        teacher_side, teacher_rows = teacher.side(chunk.teacher)
-        student_logsumexp = row_logsumexp(student_side) if chunk.student.whole else None
-        teacher_logsumexp = row_logsumexp(teacher_side) if chunk.teacher.whole else None
-        student_continuation = teacher_continuation = targets = left_out = None
-        if chunk.has_continuation:
-            student_continuation, targets = _continuation(
-                student, student_side, chunk.student, student_logsumexp, options
-            )
-            teacher_continuation, _ = _continuation(teacher, teacher_side, chunk.teacher, teacher_logsumexp, options)
+        left_out = None
         if chunk.left_out is not None:
-            left_out = torch.zeros(len(chunk.units), len(self.shared), dtype=torch.bool, device=student_rows.device)
+            left_out = torch.zeros(len(chunk.units), len(self.shared), dtype=torch.bool, device=chunk.units.device)
             left_out[chunk.left_out[:, 0], chunk.left_out[:, 1]] = True
         candidates = Candidates(
-            student_side,
-            student_rows,
-            teacher_side,
-            teacher_rows,
+            student.unit_rows(chunk, chunk.student),
+            teacher.unit_rows(chunk, chunk.teacher),
             len(self.shared),
-            student_continuation,
-            teacher_continuation,
+            chunk.has_continuation,
             left_out,
-            None if left_out is None else torch.arange(len(chunk.units), device=student_rows.device),
-            None if options.teacher_mass_floor is None else teacher_logsumexp,
+            None if left_out is None else torch.arange(len(chunk.units), device=chunk.units.device),
         )
         units = divergence(candidates, options)
         if not needs_grad:
             return units.losses
 
-        out, part = student.gradient_like(student_side.values), chunk.student
+        out, part = student.gradient_like(candidates.student.side.values), chunk.student
         if part.whole:
             index = student.placed.index(student.columns)
-            layout = Layout(index, part.unit, part.first, part.length, part.tokens, None, student_logsumexp)
-            write_gradient(out, layout, candidates, units, weights, options)
+            write_gradient(out, index, candidates, units, weights, options)
             student.add_whole(part.rows, out)
         else:
-            write_gradient(out, Layout(None), candidates, units, weights, options)
+            write_gradient(out, None, candidates, units, weights, options)
             student.add_shared(part.first_rows, out)
             if chunk.has_continuation:
                 by_target = units.weighted(weights, units.by_continuation)[part.unit]
                 if options.score != "sum_logprob":
                     by_target = by_target / part.length[part.unit]
-                student.add_pick(part.rows, part.tokens[:, None], (by_target * student.slope(targets))[:, None])
+                by_target = by_target * student.slope(candidates.student.targets)
+                student.add_pick(part.rows, part.tokens[:, None], by_target[:, None])
         return units.losses
-
-
-def _continuation(
-    source: _RawRows, side: Side, part: Part, logsumexp: Tensor | None, options: LossOptions
-) -> tuple[Tensor, Tensor | None]:
-    """One side's continuation scores [g], and, where only shared columns were read, the logits [R] they are made of."""
-    if part.whole:
-        logsumexp = logsumexp if options.normalises else None
-        return continuation_scores(side, part.first, part.length, part.tokens, logsumexp, options.score), None
-    targets = source.pick(part.rows, part.tokens[:, None])
-    return continuation_scores(Side(targets), part.first, part.length, None, None, options.score), targets.squeeze(1)

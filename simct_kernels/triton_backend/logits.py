@@ -12,34 +12,29 @@ from torch import Tensor
 
 from ..inputs import AlignedUnits, SharedVocabulary
 from ..options import LossOptions
-from .candidates import Candidates, Units, divergence
+from .candidates import Candidates, UnitRows, Units, divergence
 from .columns import columns_of
-from .gradient import Layout, write_gradient
-from .rows import continuation_scores, row_logsumexp
+from .gradient import write_gradient
 from .scores import Side
 
 
-def _forward(
+def _candidates(
     student_logits: Tensor,  # [N_s, V_s]
     teacher_logits: Tensor,  # [N_t, V_t]
     units: AlignedUnits,
     shared: SharedVocabulary,
     options: LossOptions,
-) -> tuple[Candidates, Layout, Units]:
-    """The losses of the units, and all that their gradient needs."""
-    student = Side(student_logits, columns_of(shared.student_ids).ids)
-    teacher = Side(teacher_logits, columns_of(shared.teacher_ids).ids)
+) -> Candidates:
     continued = units.has_continuation(shared)
-    student_unit = _unit_of_rows(units.student_start, units.student_length, len(units.student_tokens))
-    student_logsumexp = teacher_logsumexp = None
-    if options.normalises:
-        student_logsumexp = row_logsumexp(student, _at(continued & (units.student_length > 1), student_unit))
-    if options.normalises or options.teacher_mass_floor is not None:
-        teacher_unit = _unit_of_rows(units.teacher_start, units.teacher_length, len(units.teacher_tokens))
-        wanted = _at(continued & (units.teacher_length > 1) & options.normalises, teacher_unit)
-        if options.teacher_mass_floor is not None:
-            wanted[units.teacher_start] = True
-        teacher_logsumexp = row_logsumexp(teacher, wanted)
+
+    def rows(logits: Tensor, side: str) -> UnitRows:
+        start, length, tokens = (
+            getattr(units, f"{side}_{part}").contiguous() for part in ("start", "length", "tokens")
+        )
+        columns = columns_of(getattr(shared, f"{side}_ids"))
+        unit = _unit_of_rows(start, length, len(tokens))
+        rest = columns.rest(logits.shape[1])
+        return UnitRows(Side(logits, columns.ids), start, start, length, tokens, unit=unit, rest=rest)
 
     left_out = left_out_rows = None
     if options.candidates == "disjoint" and units.left_out is not None:
@@ -47,42 +42,8 @@ def _forward(
         left_out = torch.zeros(len(units), len(shared), dtype=torch.bool, device=continued.device)
         left_out[units.left_out[:, 0], units.left_out[:, 1]] = True
         left_out_rows = torch.where(continued, torch.arange(len(units), device=continued.device), -1)
-
-    candidates = Candidates(
-        student,
-        units.student_start.contiguous(),
-        teacher,
-        units.teacher_start.contiguous(),
-        len(shared),
-        *(
-            continuation_scores(
-                side,
-                getattr(units, f"{name}_start").contiguous(),
-                getattr(units, f"{name}_length").contiguous(),
-                getattr(units, f"{name}_tokens").contiguous(),
-                logsumexp if options.normalises else None,
-                options.score,
-                continued,
-            )
-            for name, side, logsumexp in (
-                ("student", student, student_logsumexp),
-                ("teacher", teacher, teacher_logsumexp),
-            )
-        ),
-        left_out,
-        left_out_rows,
-        None if options.teacher_mass_floor is None else teacher_logsumexp,
-    )
-    layout = Layout(
-        columns_of(shared.student_ids).index(student_logits.shape[1]),
-        student_unit,
-        candidates.student_rows,
-        units.student_length.contiguous(),
-        units.student_tokens.contiguous(),
-        continued,
-        student_logsumexp,
-    )
-    return candidates, layout, divergence(candidates, options)
+    student, teacher = rows(student_logits, "student"), rows(teacher_logits, "teacher")
+    return Candidates(student, teacher, len(shared), continued, left_out, left_out_rows)
 
 
 class LogitsLoss(torch.autograd.Function):
@@ -92,7 +53,10 @@ class LogitsLoss(torch.autograd.Function):
     def forward(ctx, student_logits, teacher_logits, units, shared, options, summed):
         inputs = student_logits.detach(), teacher_logits.detach(), units, shared, options
         with torch.cuda.device_of(student_logits):  # Triton launches on the current device
-            candidates, ctx.layout, ctx.found = _forward(*inputs)
+            candidates = _candidates(*inputs)
+            ctx.found: Units = divergence(candidates, options)
+        # The place of the shared columns is looked up here, where finding it may wait for the device.
+        ctx.shared_index = columns_of(shared.student_ids).index(student_logits.shape[1])
         # Logits are kept by autograd only, which notices if they are changed before the backward.
         ctx.candidates = _with_logits(candidates, None, None)
         ctx.save_for_backward(student_logits, teacher_logits)
@@ -111,15 +75,17 @@ class LogitsLoss(torch.autograd.Function):
         gradient = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
         weights = grad_loss.expand(len(ctx.found.losses))
         candidates = _with_logits(ctx.candidates, student_logits, teacher_logits)
-        write_gradient(gradient, ctx.layout, candidates, ctx.found, weights, ctx.options)
+        with torch.cuda.device_of(student_logits):
+            write_gradient(gradient, ctx.shared_index, candidates, ctx.found, weights, ctx.options)
         return gradient, None, None, None, None, None
 
 
 def _with_logits(candidates: Candidates, student: Tensor | None, teacher: Tensor | None) -> Candidates:
+    def replace(rows: UnitRows, values: Tensor | None) -> UnitRows:
+        return dataclasses.replace(rows, side=dataclasses.replace(rows.side, values=values))
+
     return dataclasses.replace(
-        candidates,
-        student=dataclasses.replace(candidates.student, values=student),
-        teacher=dataclasses.replace(candidates.teacher, values=teacher),
+        candidates, student=replace(candidates.student, student), teacher=replace(candidates.teacher, teacher)
     )
 
 
@@ -130,8 +96,3 @@ def _unit_of_rows(start: Tensor, length: Tensor, count: int) -> Tensor:
     place = torch.searchsorted(start, rows, right=True) - 1
     unit = order[place]  # place -1 reads the last unit, which starts later
     return torch.where((place >= 0) & (rows < start[place] + length[unit]), unit, -1)
-
-
-def _at(of_unit: Tensor, unit: Tensor) -> Tensor:
-    """bool [N], from bool [G] and each row's unit, -1 for none."""
-    return of_unit[unit] & (unit >= 0)

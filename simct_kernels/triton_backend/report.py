@@ -93,8 +93,12 @@ class Launch:
         types = dict(self.signature)
         given = [name for name, kind in self.signature if kind.startswith("*")]
         values = {name: value for name, value in self.constants if value is not None and name.isupper()}
-        optional = [n for n in given if n in ("student_ids", "student_bias", "left_out", "teacher_logsumexp", "state")]
-        optional += [n for n in given if n in ("shared_index", "tokens", "logsumexp", "bias", "wanted")]
+        optional = [
+            n for n in given if n in ("student_ids", "student_bias", "student_unit", "teacher_unit", "left_out")
+        ]
+        optional += [
+            n for n in given if n in ("shared_index", "tokens", "logsumexp", "student_targets", "bias", "wanted")
+        ]
         read = next(types[name][1:] for name in ("values", "hidden", "student", "partial") if name in types)
         return " ".join([read, *(f"{k}={v}" for k, v in values.items()), *optional])
 
@@ -142,14 +146,15 @@ def _cases(quick: bool) -> Iterator:
     for mode in modes:
         yield lambda mode=mode: _run_logits(torch.bfloat16, **mode)
         yield lambda mode=mode: _run_linear(True, torch.bfloat16, **mode, **everything)
-        yield lambda mode=mode: _run_fused(True, torch.bfloat16, **mode, **everything)
         if quick:
             continue
+        yield lambda mode=mode: _run_fused(True, torch.bfloat16, **mode, **everything)
         yield lambda mode=mode: _run_fused(False, torch.bfloat16, **mode)
         yield lambda mode=mode: _run_logits(torch.bfloat16, **mode, **everything)
         yield lambda mode=mode: _run_logits(torch.bfloat16, one_vocabulary=True, **mode)
         yield lambda mode=mode: _run_linear(False, torch.bfloat16, **mode)
     if quick:
+        yield lambda: _run_fused(True, torch.bfloat16, longer_only=True, beta=0.5, **everything)
         yield lambda: _run_logits(torch.bfloat16, one_vocabulary=True)
         return
     for dtype in (torch.float16, torch.float32):
@@ -196,14 +201,18 @@ def _run_linear(full_head: bool, gradient_dtype: torch.dtype, **options) -> None
         _call_linear(linear_simct_loss, full_head, torch.float32, options)
 
 
-def _run_fused(full_head: bool, dtype: torch.dtype, **options) -> None:
+def _run_fused(full_head: bool, dtype: torch.dtype, longer_only: bool = False, **options) -> None:
     """As on a GPU, where 16-bit operands are multiplied as they are."""
     with mock.patch.object(fused, "interprets", lambda tensor: False):
-        _call_linear(fused_backend.linear_simct_loss, full_head, dtype, options)
+        _call_linear(fused_backend.linear_simct_loss, full_head, dtype, options, longer_only)
 
 
-def _call_linear(loss: Callable, full_head: bool, dtype: torch.dtype, options: dict) -> None:
+def _call_linear(
+    loss: Callable, full_head: bool, dtype: torch.dtype, options: dict, longer_only: bool = False
+) -> None:
     units, shared = _problem()
+    if longer_only:
+        units = units.select((units.student_length > 1) & (units.teacher_length > 1))
 
     def head() -> LMHead:
         weight = torch.zeros(_WIDTH, 16, dtype=dtype, requires_grad=True)

@@ -78,6 +78,22 @@ def finite_max(m):
 
 
 @triton.jit
+def add_sums(m1, sum1, m2, sum2):
+    """Maximum and sum of exp(x - m) of two sets taken together."""
+    m = tl.maximum(m1, m2)
+    top = finite_max(m)
+    return m, sum1 * tl.exp(m1 - top) + sum2 * tl.exp(m2 - top)
+
+
+@triton.jit
+def log_add(a, b):
+    """log(e^a + e^b), NaN if either is."""
+    m = tl.maximum(a, b)
+    top = finite_max(m)
+    return log_sum(m, tl.exp(a - top) + tl.exp(b - top))
+
+
+@triton.jit
 def summarise(x, y, DIVERGES: tl.constexpr):
     """A tile's share [R] of KL(softmax x || softmax y), from x and y [R, B].
 

@@ -5,7 +5,8 @@ a thread takes 8 neighbouring columns of a row, so that contiguous 16-bit logits
 in two reads); the rows of a tile share each read of the shared vocabulary's ids; and at 16 elements a thread and side
 the live tiles leave registers for two programs on a multiprocessor, so that one loads while another computes. A column's
 id takes 4 bytes: 1,024 columns to 256 threads are 16 bytes of ids each. AMD's CDNA has waves of 64 threads, 4 of which
-make 256; with half the rows nothing spills there. Chosen by the ahead-of-time report; not measured on any GPU.
+make 256; with half the rows nothing spills there. For sm_100 ptxas aims at three programs of `forward` and spills a few
+bytes to get there; with half the columns it fits four or five. Chosen by the ahead-of-time report; not measured on any GPU.
 """
 
 from __future__ import annotations
@@ -24,14 +25,20 @@ class Tile:
     warps: int
 
 
-_NVIDIA = {"logsumexp": Tile(1, 4096, 8), "statistics": Tile(4, 1024, 8), "gradient": Tile(4, 1024, 8)}
-_AMD = {"logsumexp": Tile(1, 2048, 4), "statistics": Tile(2, 1024, 4), "gradient": Tile(2, 1024, 4)}
-TILES = {80: _NVIDIA, 90: _NVIDIA, 100: _NVIDIA, "gfx942": _AMD}
+_NVIDIA = {"logsumexp": Tile(1, 4096, 8), "forward": Tile(4, 1024, 8), "gradient": Tile(4, 1024, 8)}
+_AMD = {"logsumexp": Tile(1, 2048, 4), "forward": Tile(2, 1024, 4), "gradient": Tile(2, 1024, 4)}
+_BLACKWELL = _NVIDIA | {"forward": Tile(4, 512, 8)}
+TILES = {80: _NVIDIA, 90: _NVIDIA, 100: _BLACKWELL, "gfx942": _AMD}
 
 
 @dataclass(frozen=True)
 class FusedTile:
     """Of a kernel that makes its logits itself: ROWS by BLOCK logits, DEPTH of the width in each step of the products.
+
+    64 rows and 4 or 8 warps are the least that `wgmma` and `tcgen05` take. Both sides' float32 tiles are live at once, 32
+    registers each for a thread at 64 by 128 and 8 warps; twice that spills, and on sm_100 and gfx942 that does. DEPTH is
+    128 bytes of a 16-bit row, a whole line, and half of it where two more products need the registers. Names with 32 are
+    for float32 operands, multiplied exactly, by ordinary multiply-adds on NVIDIA. Chosen by the ahead-of-time report.
 
     "scores" and "gradient" of one architecture share their BLOCK: the former leaves what the latter skips tiles by.
     """
@@ -48,15 +55,11 @@ class FusedTile:
         return names | {"num_warps": self.warps, "num_stages": self.stages}
 
 
-_FUSED_NVIDIA = {"scores": FusedTile(64, 128, 64, 8, 3), "gradient": FusedTile(64, 128, 32, 8, 3)}
-_FUSED_AMD = {"scores": FusedTile(64, 64, 64, 4, 2), "gradient": FusedTile(64, 64, 32, 4, 2)}
-_FUSED_32 = {"scores32": FusedTile(32, 64, 16, 4, 2), "gradient32": FusedTile(32, 64, 16, 4, 2)}
-FUSED_TILES = {
-    80: _FUSED_NVIDIA | _FUSED_32,
-    90: _FUSED_NVIDIA | _FUSED_32,
-    100: _FUSED_NVIDIA | _FUSED_32,
-    "gfx942": _FUSED_AMD | _FUSED_32,
-}
+_FUSED_32 = {"scores32": FusedTile(32, 64, 16, 8, 2), "gradient32": FusedTile(32, 64, 16, 8, 2)}
+_FUSED_NVIDIA = {"scores": FusedTile(64, 128, 64, 8, 3), "gradient": FusedTile(64, 128, 32, 8, 3)} | _FUSED_32
+_FUSED_BLACKWELL = {"scores": FusedTile(64, 64, 64, 4, 3), "gradient": FusedTile(64, 64, 32, 8, 3)} | _FUSED_32
+_FUSED_AMD = {"scores": FusedTile(64, 64, 64, 4, 2), "gradient": FusedTile(64, 64, 32, 4, 2)} | _FUSED_32
+FUSED_TILES = {80: _FUSED_NVIDIA, 90: _FUSED_NVIDIA, 100: _FUSED_BLACKWELL, "gfx942": _FUSED_AMD}
 
 UNITS = 64  # units of one program of the small kernels, whose data is a number or two a unit
 # Programs of one launch that reads long rows, for each multiprocessor: rows are split between programs up to that.

@@ -6,7 +6,8 @@
 
 Needs TRITON_INTERPRET=1 from before the backend was imported. An element that is masked out is not counted. How often an
 address is asked for is counted apart from how many different ones are: the former is what would cross to device memory
-without caches, the latter what must.
+without caches, the latter what must. A GPU moves sectors of 32 bytes, so that an access to scattered elements moves more
+than it asks for: what each single load or store touches of them is counted too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import numpy as np
 from torch import Tensor
 from triton.runtime import interpreter
 
+_SECTOR = 32  # bytes
+
 
 @dataclass
 class Access:
@@ -27,6 +30,7 @@ class Access:
 
     bytes: int = 0  # of all accesses
     distinct: int = 0  # bytes of the different elements
+    sectors: int = 0  # bytes of the sectors that each load or store touches
 
 
 @dataclass
@@ -87,6 +91,7 @@ class _Open:
             raise RuntimeError(f"{self.launch.kernel}: {name} is {kind} outside its elements")
         access = getattr(self.launch, kind).setdefault(name, Access())
         access.bytes += addresses.size * size
+        access.sectors += len(np.unique(addresses // np.uint64(_SECTOR))) * _SECTOR
         seen = self.seen.setdefault((kind, name), np.zeros((end - begin) // size, dtype=bool))
         seen[(addresses - np.uint64(begin)) // np.uint64(size)] = True
 

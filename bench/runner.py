@@ -1,0 +1,69 @@
+"""Runs the tasks of `suites` within the time there is, each method on each case; knows no method and no plot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import record
+from .floor import Cost
+from .measure import Measured, ceilings, measure
+from .record import Row
+from .rivals import methods
+from .suites import Task
+from .workers import Failed, Worker
+
+
+class Clock:
+    """What is left of the time that a run may take."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+
+def run_tasks(tasks: Sequence[Task], device: str, clock: Clock, console: Console) -> list[Row]:
+    """A row, or a few, for every method of every case: also for one that could not be measured, with the reason."""
+    known = methods()
+    rows: list[Row] = []
+    columns = TextColumn("[progress.description]{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        bar = progress.add_task("", total=sum(len(task.methods) for task in tasks))
+        for task in tasks:
+            # Two real tokenizers take longer to load than the methods to run: they share a process.
+            fresh = device == "cpu" and task.case.form != "text"
+            with Worker(fresh=fresh) as worker:
+                for name in task.methods:
+                    progress.update(bar, description=f"{task.suite}: {task.case.name}, {name}")
+                    answer = _measure(worker, task, name, device, clock)
+                    rows += record.rows_of(task.suite, task.case, name, known[name].options, answer)
+                    progress.advance(bar)
+    record.judge(rows, {name for name, method in known.items() if method.same_loss})
+    return rows
+
+
+def _measure(worker: Worker, task: Task, name: str, device: str, clock: Clock) -> Measured | str:
+    if clock.left() < 5:
+        return "left out: no time left"
+    try:
+        limit = min(task.limit, clock.left())
+        return worker.call(measure, name, task.case, device, task.seconds, seconds=limit)
+    except Failed as reason:
+        return str(reason)
+
+
+def run_ceilings(device: str, quick: bool) -> list[Row]:
+    """The copy and the matrix product that others are held against, as rows of their own."""
+    with Worker(fresh=True) as worker:
+        results = worker.call(ceilings, device, quick, seconds=120)
+    name = results.pop("device")
+    rows = []
+    for method, (work, seconds) in results.items():
+        cost = Cost(read=work) if method == "copy" else Cost(flops=work)
+        rows.append(record.timed(Row("kernels", "ceiling", method, scope="", device=name), seconds, cost))
+    return rows
