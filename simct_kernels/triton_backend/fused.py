@@ -207,8 +207,12 @@ def fused_statistics_kernel(
                 least = tl.min(tl.where(keep, t, float("inf")), 1)
                 tl.store(place + tl.cast(tl.cdiv(size, BLOCK), tl.int64) * count, least, mask=inside_units)
         if state is not None:
-            log_q = s - load_state(state, 1, unit, count, inside_units) - load_state(state, 2, unit, count, inside_units)
-            log_p = t - load_state(state, 3, unit, count, inside_units) - load_state(state, 4, unit, count, inside_units)
+            log_q = (
+                s - load_state(state, 1, unit, count, inside_units) - load_state(state, 2, unit, count, inside_units)
+            )
+            log_p = (
+                t - load_state(state, 3, unit, count, inside_units) - load_state(state, 4, unit, count, inside_units)
+            )
             log_m = log_mixture(log_q, log_p, beta)
             u += tl.sum(kl_terms(log_q, log_m), 1)
             a += tl.sum(kl_terms(log_p, log_m), 1)

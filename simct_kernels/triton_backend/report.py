@@ -154,7 +154,7 @@ def _cases(quick: bool) -> Iterator:
         yield lambda mode=mode: _run_logits(torch.bfloat16, one_vocabulary=True, **mode)
         yield lambda mode=mode: _run_linear(False, torch.bfloat16, **mode)
     if quick:
-        yield lambda: _run_fused(True, torch.bfloat16, longer_only=True, beta=0.5, **everything)
+        yield lambda: _run_fused(True, torch.bfloat16, longer_only=True, **everything)
         yield lambda: _run_logits(torch.bfloat16, one_vocabulary=True)
         return
     for dtype in (torch.float16, torch.float32):
@@ -207,9 +207,7 @@ def _run_fused(full_head: bool, dtype: torch.dtype, longer_only: bool = False, *
         _call_linear(fused_backend.linear_simct_loss, full_head, dtype, options, longer_only)
 
 
-def _call_linear(
-    loss: Callable, full_head: bool, dtype: torch.dtype, options: dict, longer_only: bool = False
-) -> None:
+def _call_linear(loss: Callable, full_head: bool, dtype: torch.dtype, options: dict, longer_only: bool = False) -> None:
     units, shared = _problem()
     if longer_only:
         units = units.select((units.student_length > 1) & (units.teacher_length > 1))

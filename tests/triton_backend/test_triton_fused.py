@@ -1,10 +1,8 @@
 """`backend="triton_fused"`, judged by the oracle in float64, and the bound of what its backward skips."""
 
-import dataclasses
-
 import pytest
 import torch
-from kernels.cases import MIXED, Problem, make_problem, relative_error
+from kernels.cases import Problem, make_problem, relative_error
 from torch import Tensor
 from triton_cases import linear_simct_loss, moved
 
@@ -63,9 +61,12 @@ def test_sides_of_different_dtype():
 
 
 @pytest.mark.parametrize("lengths", [[(1, 1)], [(9, 7)], [(2, 1), (1, 2), (3, 3)], [(1, 1)] * 2], ids=str)
-@pytest.mark.parametrize("shared_size", [1, 37])
-def test_sizes(lengths, shared_size):
-    assert_agrees(make_problem(lengths, shared_size=shared_size, dtype=torch.float32), 1e-5)
+def test_sizes(lengths):
+    assert_agrees(make_problem(lengths, dtype=torch.float32), 1e-5)
+
+
+def test_one_shared_token():
+    assert_agrees(make_problem([(1, 1), (2, 2)], shared_size=1, dtype=torch.float32), 1e-5)
 
 
 def test_chunks_and_strides_change_nothing():
@@ -90,7 +91,7 @@ def test_only_what_needs_a_gradient_gets_one():
 
 def test_a_dropped_nan_unit_reaches_no_gradient():
     problem = make_problem(dtype=torch.float32)
-    bad = MIXED.index((3, 2))
+    bad = int((~problem.units.has_continuation(problem.shared)).nonzero()[1])
     row = int(problem.units.student_start[bad])
     with torch.no_grad():
         problem.student_hidden[row] = float("nan")
@@ -118,16 +119,18 @@ def test_losses_are_the_same_on_every_run():
     assert run(problem, reduction="none")[0].equal(run(problem, reduction="none")[0])
 
 
-# Skipping. The problems below are peaked: logits of a standard deviation of 12, so that most tiles are all but impossible.
+# Skipping. In the problems below both sides all but exclude the second half of the shared columns, and all others.
 
 
 def peaked(lengths=((1, 1),) * 4) -> Problem:
     problem = make_problem(lengths, shared_size=64, student_vocabulary=96, teacher_vocabulary=64, dtype=torch.float32)
-    scaled = [
-        dataclasses.replace(head, weight=(3.5 * head.weight.detach()).requires_grad_(side == "student"), bias=None)
-        for side, head in (("student", problem.student_head), ("teacher", problem.teacher_head))
-    ]
-    return dataclasses.replace(problem, student_head=scaled[0], teacher_head=scaled[1])
+    with torch.no_grad():
+        for side in ("student", "teacher"):
+            bias, ids = getattr(problem, f"{side}_head").bias, getattr(problem.shared, f"{side}_ids")
+            kept = bias[ids[:32]].clone()
+            bias -= 60
+            bias[ids[:32]] = kept
+    return problem
 
 
 def job_gradients(problem: Problem, threshold: float | None, **options) -> tuple[Tensor, Tensor]:
@@ -157,7 +160,7 @@ def test_error_of_skipping_is_bounded(lengths, beta):
     assert errors[1].max() <= threshold * rows
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
 def test_default_threshold_is_below_the_rounding(beta):
     problem = peaked()
     exact, default = job_gradients(problem, 0, beta=beta), job_gradients(problem, None, beta=beta)
@@ -176,12 +179,11 @@ def counted(threshold: float | None, **options) -> Traffic:
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_negligible_tiles_are_not_multiplied_again(beta):
     """At threshold 0 the backward does both logits' products again and two more; each skipped tile saves all four."""
-    full, skipping, nothing = (
+    full, skipping = (
         sum(launch.products for launch in counted(threshold, beta=beta).of("fused_gradient_kernel"))
-        for threshold in (0, 1e-3, 1e30)
+        for threshold in (0, None)
     )
-    assert 0 < skipping < 0.75 * full
-    assert nothing == (0 if beta == 0 else nothing) and nothing <= skipping
+    assert skipping == full / 2
 
 
 @in_interpreter
@@ -190,9 +192,9 @@ def test_products_and_traffic():
     traffic = counted(0)
     forward = sum(launch.products for launch in traffic.of("fused_statistics_kernel"))
     backward = sum(launch.products for launch in traffic.of("fused_gradient_kernel"))
-    padded_student, padded_teacher = 16, 16  # widths of 13 and 11 in steps of 8
-    assert forward == 8 * 64 * (padded_student + padded_teacher)
-    assert backward == forward + 2 * 8 * 64 * padded_student
+    rows, student_width, teacher_width = 16, 16, 16  # two kinds of units in tiles of 8; widths in steps of 8
+    assert forward == rows * 64 * (student_width + teacher_width)
+    assert backward == forward + 2 * rows * 64 * student_width
     assert traffic.written("extremes") == 2 * 4 * (64 // 32) * 4
 
 
