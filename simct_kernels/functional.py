@@ -93,7 +93,8 @@ def linear_simct_loss(
         teacher_mass_floor: a unit where the teacher's probability of all candidates is below it has no loss and no
             gradient.
         reduction: "sum", "mean" over units, or "none" for [G].
-        backend: "auto" (Triton on a GPU, else PyTorch), "triton", "torch", or "reference" (the slow oracle).
+        backend: "auto" (Triton on a GPU, else PyTorch), "triton", "torch", "reference" (the slow oracle), or "triton_fused",
+            which stores no logits at all but whose gradients differ in the last bits from run to run.
         chunk_rows: how many rows of logits of either side exist at once; a unit is never split. "auto": by memory.
         return_unit_losses: also return the units' losses [G], detached. With "sum" and "mean", whose gradients are made
             in the forward pass, this is cheaper than reduction="none".

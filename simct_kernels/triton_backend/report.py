@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from ..inputs import AlignedUnits, LMHead, SharedVocabulary
 from ..options import LossOptions
-from . import indexed, linear, linear_simct_loss, simct_loss, small, softmax, tiles
+from . import fused, fused_backend, indexed, linear, linear_simct_loss, simct_loss, small, softmax, tiles
 from .scores import Side
 
 TARGETS = {
@@ -43,6 +43,9 @@ TARGETS = {
 # What one multiprocessor (compute unit) has: bytes of shared memory that one program may take and that all may, threads.
 _SHARED = {"80": (163 << 10, 164 << 10), "90": (227 << 10, 228 << 10), "100": (227 << 10, 228 << 10)}
 _SHARED["gfx942"] = (64 << 10, 64 << 10)
+
+# The instruction by which each chip multiplies matrices at full rate, as its assembly names it.
+_MATRIX = {"80": "mma.sync", "90": "wgmma", "100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 _TYPES = {
     torch.float32: "fp32",
@@ -63,11 +66,12 @@ class Launch:
     constants: tuple[tuple[str, object], ...]
     divisible: tuple[str, ...]  # by 16
     warps: int
+    stages: int | None  # None: Triton's own choice
 
     @classmethod
     def of(cls, kernel: JITFunction, arguments: tuple, keywords: dict) -> Launch:
         keywords = dict(keywords)
-        warps = keywords.pop("num_warps")
+        warps, stages = keywords.pop("num_warps"), keywords.pop("num_stages", None)
         values = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
         signature, constants, divisible = [], [], []
         for parameter in kernel.params:
@@ -83,7 +87,7 @@ class Launch:
                 constants.append((parameter.name, value))
             elif sixteenth:
                 divisible.append(parameter.name)
-        return cls(kernel, tuple(signature), tuple(constants), tuple(divisible), warps)
+        return cls(kernel, tuple(signature), tuple(constants), tuple(divisible), warps, stages)
 
     def describe(self) -> str:
         """What tells it from the kernel's other specialisations: pointers given or not, types, constants."""
@@ -105,7 +109,8 @@ class Launch:
         places = {name: index for index, name in enumerate(self.kernel.arg_names)}
         attributes = {(places[name],): [["tt.divisibility", 16]] for name in self.divisible}
         source = ASTSource(self.kernel, dict(self.signature), dict(self.constants), attributes)
-        return triton.compile(source, target=target, options={"num_warps": self.warps})
+        options = {"num_warps": self.warps} | ({} if self.stages is None else {"num_stages": self.stages})
+        return triton.compile(source, target=target, options=options)
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class Usage:
     programs: int  # that fit on one multiprocessor, by registers, threads and shared memory
     widest_load: int  # bytes that one thread reads at once
     int64_offsets: bool
+    matrix: str  # the chip's matrix instruction, "fma" where a dot does without, "" without a dot
 
 
 def launches(arch: str, quick: bool = False) -> list[Launch]:
@@ -149,6 +155,8 @@ def _cases(quick: bool) -> Iterator:
                 yield lambda mode=mode, size=size: _run_small(size, False, **mode)
         if quick:
             continue
+        yield lambda mode=mode: _run_fused(True, torch.bfloat16, **mode, **everything)
+        yield lambda mode=mode: _run_fused(False, torch.bfloat16, **mode)
         yield lambda mode=mode: _run_logits(torch.bfloat16, **mode, **everything)
         yield lambda mode=mode: _run_logits(torch.bfloat16, one_vocabulary=True, **mode)
         yield lambda mode=mode: _run_linear(False, torch.bfloat16, **mode)
@@ -157,11 +165,13 @@ def _cases(quick: bool) -> Iterator:
         if not quick:
             yield lambda dtype=dtype: _run_sparse(dtype, False)
     if quick:
+        yield lambda: _run_fused(True, torch.bfloat16, longer_only=True, **everything)
         yield lambda: _run_logits(torch.bfloat16, one_vocabulary=True)
         return
     for dtype in (torch.float16, torch.float32):
         yield lambda dtype=dtype: _run_logits(dtype)
         yield lambda dtype=dtype: _run_linear(False, dtype)
+        yield lambda dtype=dtype: _run_fused(True, dtype)
     for score in ("sum_logprob", "mean_logit"):
         yield lambda score=score: _run_logits(torch.bfloat16, score=score)
         yield lambda score=score: _run_linear(True, torch.bfloat16, score=score)
@@ -195,21 +205,32 @@ def _run_logits(dtype: torch.dtype, one_vocabulary: bool = False, **options) -> 
 
 def _head(full: bool, dtype: torch.dtype = torch.float32) -> LMHead:
     weight = torch.zeros(_WIDTH, 16, dtype=dtype, requires_grad=True)
-    return LMHead(weight, torch.zeros(_WIDTH), 30.0, 0.5) if full else LMHead(weight)
+    return LMHead(weight, torch.zeros(_WIDTH, requires_grad=True), 30.0, 0.5) if full else LMHead(weight)
 
 
 def _run_linear(full_head: bool, gradient_dtype: torch.dtype, **options) -> None:
     """The logits are float32 whatever the operands are; on a GPU with 16-bit operands so is the gradient."""
-    units, shared = _problem()
-
-    hidden = torch.zeros(len(units.student_tokens), 16, requires_grad=True)
-    teacher = torch.zeros(len(units.teacher_tokens), 16)
     like = mock.patch.object(
         linear._RawRows, "gradient_like", lambda self, values: torch.zeros_like(values, dtype=gradient_dtype)
     )
     with like:
-        arguments = hidden, _head(full_head), teacher, _head(full_head), units, shared, LossOptions(**options)
-        linear_simct_loss(*arguments, summed=True, chunk_rows="auto")
+        _call_linear(linear_simct_loss, full_head, torch.float32, options)
+
+
+def _run_fused(full_head: bool, dtype: torch.dtype, longer_only: bool = False, **options) -> None:
+    """As on a GPU, where 16-bit operands are multiplied as they are."""
+    with mock.patch.object(fused, "interprets", lambda tensor: False):
+        _call_linear(fused_backend.linear_simct_loss, full_head, dtype, options, longer_only)
+
+
+def _call_linear(loss: Callable, full_head: bool, dtype: torch.dtype, options: dict, longer_only: bool = False) -> None:
+    units, shared = _problem()
+    if longer_only:
+        units = units.select((units.student_length > 1) & (units.teacher_length > 1))
+    hidden = torch.zeros(len(units.student_tokens), 16, dtype=dtype, requires_grad=True)
+    teacher = torch.zeros(len(units.teacher_tokens), 16, dtype=dtype)
+    arguments = hidden, _head(full_head, dtype), teacher, _head(full_head, dtype), units, shared, LossOptions(**options)
+    loss(*arguments, summed=True, chunk_rows="auto")
 
 
 def _run_sparse(dtype: torch.dtype, full_head: bool) -> None:
@@ -236,6 +257,7 @@ def _run_small(size: int, needs_grad: bool, **options) -> None:
 
 def usage(launch: Launch, arch: str) -> Usage:
     compiled = launch.compile(TARGETS[arch])
+    assembly = compiled.asm["amdgcn" if TARGETS[arch].backend == "hip" else "ptx"]
     read = _read_amd if TARGETS[arch].backend == "hip" else _read_nvidia
     registers, spills, by_registers, widest = read(compiled, launch.warps)
     shared = compiled.metadata.shared
@@ -244,8 +266,11 @@ def usage(launch: Launch, arch: str) -> Usage:
     name = launch.kernel.__name__
     # A row times a stride is a product of 64 bits; nothing but scalars, the places of programs, is multiplied in 32.
     narrow = re.search(r"arith\.muli.*: tensor<\S*xi32>", compiled.asm["ttir"])
+    matrix = ""
+    if "tt.dot" in compiled.asm["ttir"]:
+        matrix = _MATRIX[arch] if _MATRIX[arch] in assembly else "fma"
     return Usage(
-        name, launch.describe(), arch, launch.warps, registers, spills, shared, programs, widest, narrow is None
+        name, launch.describe(), arch, launch.warps, registers, spills, shared, programs, widest, narrow is None, matrix
     )
 
 
@@ -261,6 +286,8 @@ def _read_nvidia(compiled, warps: int) -> tuple[int, int, int, int]:
     widest = 0
     for vector, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)", ptx):
         widest = max(widest, int(vector or 1) * int(bits) // 8)
+    for size in re.findall(r"cp\.async\.\S+ \[[^]]*\], \[[^]]*\], (0x\w+|\d+)", ptx):
+        widest = max(widest, int(size, 0))
     return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], 65536 // (warp_registers * warps), widest
 
 
@@ -296,12 +323,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps([dataclasses.asdict(one) for one in found]))
         return
     print(
-        f"{'arch':7}{'kernel':21}{'regs':>5}{'spills':>7}{'shared':>7}{'warps':>6}{'programs':>9}{'load':>5}  variant"
+        f"{'arch':7}{'kernel':21}{'regs':>5}{'spills':>7}{'shared':>7}{'warps':>6}{'programs':>9}{'load':>5}  {'matrix':12}variant"
     )
     for one in found:
         print(
             f"{one.arch:7}{one.kernel:21}{one.registers:5}{one.spills:7}{one.shared:7}{one.warps:6}"
-            f"{one.programs:9}{one.widest_load:5}  {one.variant}"
+            f"{one.programs:9}{one.widest_load:5}  {one.matrix:12}{one.variant}"
         )
 
 

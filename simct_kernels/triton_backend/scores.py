@@ -48,6 +48,12 @@ def load_logits(
     """float32, as Side says; what is masked out reads as if `values` were 0 there."""
     pointers = values + rows * row_stride + columns.to(tl.int64) * column_stride
     z = tl.load(pointers, mask=row_mask & column_mask, other=0.0).to(tl.float32)
+    return finish_logits(z, bias, scale, softcap, columns, column_mask)
+
+
+@triton.jit
+def finish_logits(z, bias, scale, softcap, columns, column_mask):
+    """What a head does to its raw products z, float32."""
     if bias is not None:
         z += tl.load(bias + columns, mask=column_mask, other=0.0)
     if scale is not None:
