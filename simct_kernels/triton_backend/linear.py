@@ -19,11 +19,12 @@ from ..torch_rows import LinearRows, product
 from .candidates import Candidates, UnitRows, divergence
 from .columns import columns_of
 from .gradient import write_gradient
+from .indexed import IndexedRows
 from .scores import Side
 
 
-class _RawRows(LinearRows):
-    """As LinearRows, but `shared` and `whole` read raw products, and `shared` pads them: see Columns.padded."""
+class _RawRows(IndexedRows):
+    """As IndexedRows, but `shared` and `whole` read raw products, and `shared` pads them: see Columns.padded."""
 
     def __init__(self, hidden, head, shared_ids, dtype, **needs) -> None:
         super().__init__(hidden, head, shared_ids, dtype, **needs)
@@ -41,15 +42,6 @@ class _RawRows(LinearRows):
         targets = self.pick(part.rows, part.tokens[:, None]).squeeze(1) if chunk.has_continuation else None
         rows = torch.arange(len(part.first), device=part.first.device)
         return UnitRows(side, rows, part.first, part.length, None, targets)
-
-    def gradient_like(self, values: Tensor) -> Tensor:
-        """Where to write the gradient by `values`: over them, unless the products would copy it in bfloat16 at once.
-
-        A bias's gradient is a sum that 16-bit terms would spoil, and float16 needs the gradient's range first.
-        """
-        if self.operand_dtype != torch.bfloat16 or self.bias_gradient is not None:
-            return values
-        return torch.empty_like(values, dtype=self.operand_dtype)
 
     def add_shared(self, rows: Tensor, gradient: Tensor) -> None:
         if self.weight_gradient is not None and self._shared_weight_gradient is None:
