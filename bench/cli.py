@@ -112,7 +112,7 @@ def _end2end(device: str, quick: bool, clock: Clock, console: Console) -> list[R
     rows = []
     for function, *arguments in end2end.jobs(device, quick):
         name = function.__name__.replace("_", " ")
-        with console.status(f"end2end: {name}"), Worker(fresh=True) as worker:
+        with console.status(f"end2end: {name}"), Worker(device, fresh=True) as worker:
             if clock.left() < 5:
                 rows.append(Row("end2end", name, "step", note="left out: no time left"))
                 continue

@@ -32,7 +32,7 @@ from .suites import pair
 CEILINGS = {"H100": (3.0e12, 800e12), "H200": (4.3e12, 790e12)}  # bytes/s of a copy, bf16 FLOP/s of a product
 
 STUDENT, TEACHER = Model("", 1900, 24), Model("", 1700, 20)
-SINGLE = Case("single units", STUDENT, TEACHER, 1150, 48, single=1.0, dtype="float32")
+SINGLE = Case("single units", STUDENT, TEACHER, 1150, 24, single=1.0, dtype="float32")
 SMALL = (
     SINGLE,
     SINGLE.replace(name="75 % in single units", single=0.75),

@@ -3,7 +3,7 @@ each needed product done once.
 
 A unit reads the K shared columns of each side's first row. Whole rows are needed only where a continuation of several
 tokens is scored by log-probabilities: a side that spells its unit in one token has one log-sum-exp for all candidates,
-which cancels. Shared tables of ids are read once. Knows no backend.
+which cancels. A side's table of shared ids is read once, where it says anything. Knows no backend.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def logits_floor(
     options = options or LossOptions()
     student, teacher = (needed(units, shared, side, options) for side in ("student", "teacher"))
     columns = len(shared) if options.top_k is None else min(options.top_k, len(shared))
-    tables = 2 * len(shared) * ID_BYTES
+    tables = sum(_table(ids) for ids in (shared.student_ids, shared.teacher_ids))
     read = student.elements(len(shared), student_vocabulary) * student_bytes
     forward = Cost(read + teacher.elements(columns, teacher_vocabulary) * teacher_bytes + tables)
     # What the forward found out of a unit is a few numbers; the gradient needs the candidates' scores of both sides again,
@@ -85,6 +85,11 @@ def logits_floor(
     again += (teacher.first + teacher.whole_first) * columns * teacher_bytes
     gradient = len(units.student_tokens) * student_vocabulary * student_bytes
     return forward, Cost(again + tables, gradient)
+
+
+def _table(ids: torch.Tensor) -> int:
+    """Bytes of one side's ids: none where pair k is token k."""
+    return 0 if ids.equal(torch.arange(len(ids), device=ids.device)) else len(ids) * ID_BYTES
 
 
 def linear_floor(

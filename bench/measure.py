@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 from collections.abc import Callable
@@ -45,7 +46,10 @@ def measure(name: str, case: Case, device_type: str, seconds: float) -> Measured
     reason = method.refuses(case, device_type)
     if reason:
         return Measured(refused=reason)
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # what was compiled keeps its inputs alive
+    if device_type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
     if device_type == "cpu":  # code is loaded, and memory pools are opened, before memory is looked at
         _once(method.prepare(Problem(case.tiny(), device)))
     problem = Problem(case, device)

@@ -43,6 +43,9 @@ def draw(plot: Axes, rows: Sequence[Row], axis: str, label: str, title: str, rea
             spread = [row.p20_s for row in line], [row.p80_s for row in line]
             plot.fill_between(at, *spread, color=points[0].get_color(), alpha=0.2)
     plot.set(xlabel=label, ylabel=title, xscale="log", yscale="log")
+    ticks = sorted({row.student_rows if axis == "rows" else row.shared for row in rows})
+    plot.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+    plot.minorticks_off()
     plot.grid(alpha=0.3)
     if rows:
         plot.legend()
@@ -76,8 +79,8 @@ def ceilings(rows: Sequence[Row], path: Path) -> bool:
     figure, axes = pyplot.subplots(1, 2, figsize=(15, 7), constrained_layout=True)
     drawn = False
     kinds = (
-        ("flop_per_s", "product", "useful FLOP/s: the products of the floor, by time", ("linear", "served", "text")),
-        ("bytes_per_s", "copy", "useful bytes/s: the bytes of the floor, by time", ("logits",)),
+        ("flop_per_s", "product", "useful GFLOP/s: the products of the floor, by time", ("linear", "served", "text")),
+        ("bytes_per_s", "copy", "useful GB/s: the bytes of the floor, by time", ("logits",)),
     )
     for plot, (name, ceiling, title, forms) in zip(axes, kinds, strict=True):
         top = next((row for row in rows if row.case == "ceiling" and row.method.startswith(ceiling)), None)
@@ -86,12 +89,15 @@ def ceilings(rows: Sequence[Row], path: Path) -> bool:
             if row.suite == "kernels" and row.form in forms and getattr(row, name)
         ][::-1]  # fmt: skip
         labels = [f"{row.case}: {row.method}" + ("" if row.scope == PASS else f", {row.scope}") for row in group]
-        plot.barh(labels, [getattr(row, name) for row in group], color="tab:blue")
+        rates = [getattr(row, name) / 1e9 for row in group]
+        bars = plot.barh(labels, rates, color="tab:blue")
         plot.set(title=title)
         plot.tick_params(axis="y", labelsize=7)
         if top is not None:
-            plot.axvline(getattr(top, name), color="tab:red", label=f"measured {top.method}")
-            plot.legend()
+            limit = getattr(top, name) / 1e9
+            plot.axvline(limit, color="tab:red", label=f"measured {top.method}")
+            plot.bar_label(bars, [f" {100 * rate / limit:.1f} %" for rate in rates], fontsize=7)
+            plot.legend(loc="lower right")
         drawn |= bool(group)
     figure.suptitle(next((row.device for row in rows if row.device), ""))
     return _save(figure, path) if drawn else False

@@ -34,10 +34,10 @@ def run_tasks(tasks: Sequence[Task], device: str, clock: Clock, console: Console
     columns = TextColumn("[progress.description]{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         bar = progress.add_task("", total=sum(len(task.methods) for task in tasks))
-        for task in tasks:
-            # Two real tokenizers take longer to load than the methods to run: they share a process.
-            fresh = device == "cpu" and task.case.form != "text"
-            with Worker(fresh=fresh) as worker:
+        with Worker(device, fresh=device == "cpu") as alone, Worker(device, fresh=False) as shared:
+            for task in tasks:
+                # Two real tokenizers take longer to load than the methods to run: on a CPU too, those share a process.
+                worker = shared if task.case.form == "text" and device == "cpu" else alone
                 for name in task.methods:
                     progress.update(bar, description=f"{task.suite}: {task.case.name}, {name}")
                     answer = _measure(worker, task, name, device, clock)
@@ -59,7 +59,7 @@ def _measure(worker: Worker, task: Task, name: str, device: str, clock: Clock) -
 
 def run_ceilings(device: str, quick: bool) -> list[Row]:
     """The copy and the matrix product that others are held against, as rows of their own."""
-    with Worker(fresh=True) as worker:
+    with Worker(device, fresh=True) as worker:
         results = worker.call(ceilings, device, quick, seconds=120)
     name = results.pop("device")
     rows = []

@@ -18,11 +18,15 @@ class Failed(Exception):
 
 
 class Worker:
-    def __init__(self, *, fresh: bool) -> None:
-        self.fresh = fresh  # a new process for each call
-        # A server that has imported what every call needs, and no more, is forked: it has used neither threads nor a GPU.
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["bench.measure"])
+    def __init__(self, device: str, *, fresh: bool) -> None:
+        self.device, self.fresh = device, fresh  # fresh: a new process for each call
+        if device == "cpu":
+            # What is forked has imported what every call needs and computed nothing.
+            self._context = multiprocessing.get_context("forkserver")
+            self._context.set_forkserver_preload(["bench.measure"])
+        else:
+            # An import may ask whether there is a GPU, and after that a fork cannot use it.
+            self._context = multiprocessing.get_context("spawn")
         self._process = self._pipe = None
 
     def __enter__(self) -> Worker:
@@ -35,7 +39,7 @@ class Worker:
         """Raises Failed if the function raises, if its process dies, or if it is not done within `seconds`."""
         if self._process is None:
             self._pipe, theirs = self._context.Pipe()
-            self._process = self._context.Process(target=_serve, args=(theirs,), daemon=False)
+            self._process = self._context.Process(target=_serve, args=(theirs, self.device), daemon=False)
             self._process.start()
             theirs.close()
         try:
@@ -67,8 +71,9 @@ class Worker:
             self._process = None
 
 
-def _serve(pipe) -> None:
-    _limit_memory()
+def _serve(pipe, device: str) -> None:
+    if device == "cpu":
+        _limit_memory()
     while True:
         try:
             function, arguments = pipe.recv()

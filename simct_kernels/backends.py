@@ -8,15 +8,15 @@ from types import ModuleType
 
 import torch
 
-# A backend is a module with `simct_loss` and `linear_simct_loss` as in `reference`. One whose gradients are
-# made in the forward pass also has `linear_job`, which gives the custom ops a job as in `torch_backend` to run.
+# A backend is a module with the three losses as in `reference` ("torch" has `topk_simct_loss` in `topk`). One whose
+# gradients are made in the forward pass also has `linear_job` and `topk_job`, which give the custom ops a job as in
+# `torch_backend` and `topk` to run.
 BACKENDS = {
     "triton": "triton_backend",
     "triton_fused": "triton_backend.fused_backend",  # only for comparison: its gradients are not deterministic
     "torch": "torch_backend",
     "reference": "reference",
 }
-ALL = tuple(BACKENDS)
 
 
 def load(name: str) -> ModuleType:
@@ -33,15 +33,15 @@ def _imports(name: str) -> bool:
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace an import
-def choose(name: str, device_type: str, offered: tuple[str, ...] = ALL) -> str:
-    """The backend that `name` means for tensors on a device, of those that a loss offers and this machine has.
+def choose(name: str, device_type: str) -> str:
+    """The backend that `name` means for tensors on a device, of those that this machine has.
 
     "auto" is Triton on a GPU (ROCm's is called "cuda" too) and PyTorch elsewhere. Raises ValueError for a backend that
     is not there.
     """
     if name == "auto":
-        return "triton" if device_type == "cuda" and "triton" in offered and _imports("triton") else "torch"
-    if name not in offered or not _imports(name):
-        installed = ", ".join(repr(other) for other in ("auto", *offered) if other == "auto" or _imports(other))
+        return "triton" if device_type == "cuda" and _imports("triton") else "torch"
+    if name not in BACKENDS or not _imports(name):
+        installed = ", ".join(repr(other) for other in ("auto", *BACKENDS) if other == "auto" or _imports(other))
         raise ValueError(f"backend {name!r} is not in this installation, which has {installed}")
     return name

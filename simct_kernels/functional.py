@@ -93,8 +93,8 @@ def linear_simct_loss(
         teacher_mass_floor: a unit where the teacher's probability of all candidates is below it has no loss and no
             gradient.
         reduction: "sum", "mean" over units, or "none" for [G].
-        backend: "auto", "triton", "torch", "reference" (the slow oracle), or "triton_fused", which stores no logits at all
-            but whose gradients differ in the last bits from run to run.
+        backend: "auto" (Triton on a GPU, else PyTorch), "triton", "torch", "reference" (the slow oracle), or "triton_fused",
+            which stores no logits at all but whose gradients differ in the last bits from run to run.
         chunk_rows: how many rows of logits of either side exist at once; a unit is never split. "auto": by memory.
         return_unit_losses: also return the units' losses [G], detached. With "sum" and "mean", whose gradients are made
             in the forward pass, this is cheaper than reduction="none".
@@ -161,7 +161,7 @@ def topk_simct_loss(
             continuation are read.
         score: "mean_logprob" or "sum_logprob"; a served teacher has no logits for "mean_logit".
         top_k: of these candidates.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "triton", "torch", or "reference" (the slow oracle).
 
     Raises:
         ValueError: as `linear_simct_loss`, and for score="mean_logit".
@@ -185,7 +185,6 @@ def topk_simct_loss(
         "topk_simct_loss",
         (student_hidden, student_head, *served, units, shared, options),
         backend,
-        offered=("torch", "reference"),
         summed=reduction != "none",
         chunk_rows=chunk_rows,
     )
@@ -213,11 +212,9 @@ def topk_candidate_counts(
     return found.sum(dim=1) + units.has_continuation(shared)
 
 
-def _call(
-    loss: str, arguments: tuple, backend: str, *, offered: tuple[str, ...] = backends.ALL, **keywords: Any
-) -> tuple[Tensor, Tensor]:
+def _call(loss: str, arguments: tuple, backend: str, **keywords: Any) -> tuple[Tensor, Tensor]:
     """A loss of the chosen backend; within torch.compile its custom op, which is not traced into."""
-    name = backends.choose(backend, arguments[0].device.type, offered)
+    name = backends.choose(backend, arguments[0].device.type)
     if torch.compiler.is_compiling() and name != "reference":
         return getattr(ops, loss)(*arguments, **keywords, backend=name)
     check_left_out(*arguments[-3:])

@@ -170,11 +170,11 @@ def _linear_run(
 
 
 def _topk_run(student_hidden, weight, bias, softcap, scale, topk_ids, topk_logprobs, token_logprobs, *common):
-    units, shared, options, chunk_rows, _ = _unflatten(common)
+    units, shared, options, chunk_rows, backend = _unflatten(common)
     head = LMHead(weight, bias, softcap, scale)
-    job = topk.Job(
-        units, shared, options, head, topk_ids, topk_logprobs, chunk_rows, compute_dtype(student_hidden, weight)
-    )
+    make_job = topk.Job if backend == "torch" else backends.load(backend).topk_job
+    dtype = compute_dtype(student_hidden, weight)
+    job = make_job(units, shared, options, head, topk_ids, topk_logprobs, chunk_rows, dtype)
     return functools.partial(job.run, student_hidden, token_logprobs)
 
 

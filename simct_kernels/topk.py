@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .inputs import AlignedUnits, LMHead, SharedVocabulary
 from .options import LossOptions
-from .torch_backend import PICK_SHARE, add_gradient, apply_job, candidate_scores, compute_dtype, divergence
+from .torch_backend import PICK_SHARE, Steps, apply_job, compute_dtype, continuation_scores
 from .torch_plan import Chunk, plan_chunks
-from .torch_rows import LinearRows, add_repeated
+from .torch_rows import LinearRows
 
 
 def topk_simct_loss(
@@ -80,7 +80,7 @@ def shared_candidates(
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Steps):
     """As `torch_backend.LossJob`, for a served teacher."""
 
     units: AlignedUnits
@@ -100,9 +100,8 @@ class Job:
         unit_weights: Tensor | None = None,  # [G], what each unit's gradient is multiplied by; None: 1
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """The units' losses [G] and the gradients that are needed, in the compute dtype."""
-        student = LinearRows(
-            student_hidden, self.student_head, self.shared.student_ids, self.dtype, needs_grad=needs_grad
-        )
+        ids = self.shared.student_ids
+        student = self.linear_rows(student_hidden, self.student_head, ids, self.dtype, needs_grad=needs_grad)
         losses = torch.zeros(len(self.units), dtype=self.dtype, device=student_hidden.device)
         k = self.teacher_topk_ids.shape[1]
         picks = k * PICK_SHARE <= len(self.shared)
@@ -110,7 +109,7 @@ class Job:
             self.units,
             self.shared,
             self.options,
-            shared_width=k * student.width if picks else len(self.shared),
+            shared_width=k * student.pick_width if picks else len(self.shared),
             student_columns=student.columns,
             teacher_columns=1,  # no teacher's row is ever made
             chunk_rows=self.chunk_rows,
@@ -140,7 +139,9 @@ class Job:
         """The losses [g] of a chunk's units; adds their gradient to `student`."""
         options = self.options
         by_column = picks or chunk.student.whole
-        scores = candidate_scores(student, chunk.student, chunk, options, candidates.columns if by_column else None)
+        scores = self.candidate_scores(
+            student, chunk.student, chunk, options, candidates.columns if by_column else None
+        )
         s = scores.shared if by_column else scores.shared.gather(1, candidates.columns)
         s = s.masked_fill(~candidates.found, -math.inf)
         if options.top_k is not None and options.top_k < s.shape[1]:
@@ -152,16 +153,14 @@ class Job:
         t = candidates.scores
         if chunk.has_continuation:
             terms = token_logprobs[chunk.teacher.rows]
-            continuation = add_repeated(terms.new_zeros(len(s)), chunk.teacher.unit, terms)
-            if options.score != "sum_logprob":
-                continuation = continuation / chunk.teacher.length
+            continuation = continuation_scores(terms, chunk.teacher, options)
             s_all = torch.cat([s, scores.continuation[:, None]], dim=1)
             t_all = torch.cat([t, continuation[:, None]], dim=1)
         else:
             # No candidate at all: one that both sides are sure of stands in, and gives neither loss nor gradient.
             empty = ~candidates.found.any(dim=1, keepdim=True) & (torch.arange(s.shape[1], device=s.device) == 0)
             s_all, t_all = s.masked_fill(empty, 0), t.masked_fill(empty, 0)
-        losses, gradient = divergence(s_all, t_all, options, needs_grad)
+        losses, gradient = self.divergence(s_all, t_all, options, needs_grad)
         if options.teacher_mass_floor is not None:
             below = t_all.exp().sum(dim=1) < options.teacher_mass_floor
             losses = losses.masked_fill(below, 0)
@@ -171,5 +170,5 @@ class Job:
                 gradient.mul_(weights[:, None]).masked_fill_(weights[:, None] == 0, 0)
             columns = s.shape[1]
             by_shared, by_continuation = gradient[:, :columns], gradient[:, columns:].squeeze(1)
-            add_gradient(student, chunk, scores, s, candidates.columns, picks, by_shared, by_continuation, options)
+            self.add_gradient(student, chunk, scores, s, candidates.columns, picks, by_shared, by_continuation, options)
         return losses

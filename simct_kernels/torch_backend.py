@@ -9,15 +9,16 @@ backward pass, which makes the logits again.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .inputs import AlignedUnits, LMHead, SharedVocabulary
 from .options import LossOptions
-from .torch_plan import Chunk, Part, plan_chunks
+from .torch_blocks import BlockedRows
+from .torch_divergence import divergence
+from .torch_plan import Chunk, Part, plan_chunks, row_blocks, unit_blocks
 from .torch_rows import LinearRows, LogitRows, Rows, add_repeated
 
 # A unit's top_k columns are picked one by one (k head rows each) where that is at most a 16th of the K shared columns:
@@ -81,7 +82,7 @@ def candidate_mass(
         teacher_always_whole=side == "teacher",
     )
     dtype = compute_dtype(hidden, head.weight)
-    source = LinearRows(hidden, head, getattr(shared, f"{side}_ids"), dtype)
+    source = linear_rows(hidden, head, getattr(shared, f"{side}_ids"), dtype)
     mass = torch.empty(len(units), dtype=dtype, device=hidden.device)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for chunk in chunks:
@@ -90,8 +91,34 @@ def candidate_mass(
     return mass
 
 
+def linear_rows(
+    hidden: Tensor,  # [N, H]
+    head: LMHead,
+    shared_ids: Tensor,  # int64 [K]
+    dtype: torch.dtype,
+    **needs: tuple[bool, bool, bool],
+) -> LinearRows:
+    """Rows of head(hidden), made in the way that suits their device."""
+    make = BlockedRows if hidden.device.type == "cpu" else LinearRows
+    return make(hidden, head, shared_ids, dtype, **needs)
+
+
+class Steps:
+    """What is done with a chunk of units, in PyTorch; a backend with kernels of its own does it in its own way."""
+
+    linear_rows = staticmethod(linear_rows)
+    logit_rows = LogitRows
+    divergence = staticmethod(divergence)
+
+    def candidate_scores(self, *arguments) -> Scores:
+        return candidate_scores(*arguments)
+
+    def add_gradient(self, *arguments) -> None:
+        add_gradient(*arguments)
+
+
 @dataclass(frozen=True)
-class LossJob:
+class LossJob(Steps):
     """What a loss is computed from, besides the tensors that autograd must see."""
 
     units: AlignedUnits
@@ -101,8 +128,6 @@ class LossJob:
     teacher_head: LMHead | None
     chunk_rows: int | str
     dtype: torch.dtype
-
-    linear_rows: ClassVar[type[LinearRows]] = LinearRows  # another backend reads its chunks in its own way
 
     def run(
         self,
@@ -115,8 +140,8 @@ class LossJob:
         student: Rows
         teacher: Rows
         if self.student_head is None or self.teacher_head is None:
-            student = LogitRows(student_input, self.shared.student_ids, self.dtype, needs_grad=needs_grad[0])
-            teacher = LogitRows(teacher_input, self.shared.teacher_ids, self.dtype)
+            student = self.logit_rows(student_input, self.shared.student_ids, self.dtype, needs_grad=needs_grad[0])
+            teacher = self.logit_rows(teacher_input, self.shared.teacher_ids, self.dtype)
         else:
             ids = self.shared.student_ids
             student = self.linear_rows(student_input, self.student_head, ids, self.dtype, needs_grad=needs_grad)
@@ -128,7 +153,7 @@ class LossJob:
             self.units,
             self.shared,
             self.options,
-            shared_width=max(len(self.shared), top_k * max(student.width, teacher.width) if picks else 0),
+            shared_width=max(len(self.shared), top_k * max(student.pick_width, teacher.pick_width) if picks else 0),
             student_columns=student.columns,
             teacher_columns=teacher.columns,
             chunk_rows=self.chunk_rows,
@@ -148,39 +173,49 @@ class LossJob:
     ) -> Tensor:
         """The losses [g] of a chunk's units; adds their gradient to `student`."""
         options = self.options
-        student_scores = candidate_scores(student, chunk.student, chunk, options)
+        student_scores = self.candidate_scores(student, chunk.student, chunk, options)
         s = _leave_out(student_scores.shared, chunk)  # [g, K]
         chosen = None
         if options.top_k is not None and options.top_k < s.shape[1]:
             chosen = s.topk(options.top_k, sorted=False).indices  # [g, k]
             s = s.gather(1, chosen)
-        teacher_scores = candidate_scores(teacher, chunk.teacher, chunk, options, chosen if picks else None)
+        teacher_scores = self.candidate_scores(teacher, chunk.teacher, chunk, options, chosen if picks else None)
+        teacher_scores = replace(teacher_scores, logits=None)  # the largest tensor, read by now
         t = _leave_out(teacher_scores.shared, chunk, chosen if picks else None)
         if chosen is not None and not picks:
             t = t.gather(1, chosen)
 
-        columns = s.shape[1]
-        if chunk.has_continuation:
-            s_all = torch.cat([s, student_scores.continuation[:, None]], dim=1)
-            t_all = torch.cat([t, teacher_scores.continuation[:, None]], dim=1)
-        else:
-            s_all, t_all = s, t
-        losses, gradient = divergence(s_all, t_all, options, needs_grad)
+        below = None
         if options.teacher_mass_floor is not None:
             below = _mass(teacher_scores, t, options) < options.teacher_mass_floor
-            losses = losses.masked_fill(below, 0)
-            gradient = None if gradient is None else gradient.masked_fill_(below[:, None], 0)
-        if gradient is not None:
+        losses, by_continuation = s.new_empty(len(s)), s.new_empty(len(s))
+        columns = s.shape[1]
+        for rows in row_blocks(*s.shape, s.device):
+            s_all, t_all = s[rows], t[rows]
+            if chunk.has_continuation:
+                s_all = torch.cat([s_all, student_scores.continuation[rows, None]], dim=1)
+                t_all = torch.cat([t_all, teacher_scores.continuation[rows, None]], dim=1)
+            losses[rows], gradient = self.divergence(s_all, t_all, options, needs_grad)
+            if gradient is None:
+                continue
             if weights is not None:
                 # Filled, not only multiplied: a unit that the caller drops gives 0 even where its gradient is NaN.
-                gradient.mul_(weights[:, None]).masked_fill_(weights[:, None] == 0, 0)
-            by_shared, by_continuation = gradient[:, :columns], gradient[:, columns:].squeeze(1)
-            add_gradient(student, chunk, student_scores, s, chosen, picks, by_shared, by_continuation, options)
+                weight = weights[rows, None]
+                gradient.mul_(weight).masked_fill_(weight == 0, 0)
+            if below is not None:
+                gradient.masked_fill_(below[rows, None], 0)
+            t[rows] = gradient[:, :columns]  # the teacher's scores have been read
+            if chunk.has_continuation:
+                by_continuation[rows] = gradient[:, columns]
+        if below is not None:
+            losses.masked_fill_(below, 0)
+        if needs_grad:
+            self.add_gradient(student, chunk, student_scores, s, chosen, picks, t, by_continuation, options)
         return losses
 
 
 @dataclass(frozen=True)
-class _Scores:
+class Scores:
     """One side's scores of a chunk's candidates, up to a constant for each unit where its log-sum-exps cancel."""
 
     shared: Tensor  # [g, K] or [g, k]
@@ -197,18 +232,22 @@ def candidate_scores(
     chunk: Chunk,
     options: LossOptions,
     columns: Tensor | None = None,  # int64 [g, k], the shared columns wanted; None: all K
-) -> _Scores:
+) -> Scores:
     """Eq. 7 for one side."""
     ids = source.shared_ids
     logits = logsumexp = first_logsumexp = continuation = targets = None
     if part.whole:
         logits = source.whole(part.rows)
-        logsumexp = logits.logsumexp(dim=1)
+        logsumexp = torch.cat([logits[block].logsumexp(1) for block in row_blocks(*logits.shape, logits.device)])
         # A row with +inf has no softmax; minus an infinite log-sum-exp its other tokens would merely look impossible.
         logsumexp.masked_fill_(logsumexp == math.inf, math.nan)
         first_logsumexp = logsumexp[part.first]
-        first = logits[part.first]
-        shared = first[:, ids] if columns is None else first.gather(1, ids[columns])
+        if columns is None:
+            shared = logits.new_empty(len(part.first), len(ids))
+            for block in row_blocks(*logits.shape, logits.device):
+                shared[block] = logits[part.first[block]][:, ids]
+        else:
+            shared = logits[part.first[:, None], ids[columns]]
         if options.normalises:
             shared -= first_logsumexp[:, None]
     elif columns is None:
@@ -221,10 +260,21 @@ def candidate_scores(
         else:
             targets = source.pick(part.rows, part.tokens[:, None]).squeeze(1)
         terms = targets - logsumexp if part.whole and options.normalises else targets
-        continuation = add_repeated(terms.new_zeros(len(part.length)), part.unit, terms)
-        if options.score != "sum_logprob":
-            continuation = continuation / part.length
-    return _Scores(shared, continuation, targets, logits, logsumexp, first_logsumexp)
+        continuation = continuation_scores(terms, part, options)
+    return Scores(shared, continuation, targets, logits, logsumexp, first_logsumexp)
+
+
+def continuation_scores(terms: Tensor, part: Part, options: LossOptions) -> Tensor:
+    """The scores [g] of a chunk's continuations, from the terms [R] of their rows."""
+    total = add_repeated(terms.new_zeros(len(part.length)), part.unit, terms)
+    return total if options.score == "sum_logprob" else total / part.length
+
+
+def by_terms(by_continuation: Tensor, part: Part, options: LossOptions) -> Tensor:
+    """The gradient [R] by the terms of `continuation_scores`, from that by the scores [g]."""
+    if options.score != "sum_logprob":
+        by_continuation = by_continuation / part.length
+    return by_continuation[part.unit]
 
 
 def _leave_out(shared: Tensor, chunk: Chunk, columns: Tensor | None = None) -> Tensor:
@@ -239,58 +289,20 @@ def _leave_out(shared: Tensor, chunk: Chunk, columns: Tensor | None = None) -> T
     return shared
 
 
-def _mass(scores: _Scores, shared: Tensor, options: LossOptions) -> Tensor:
+def _mass(scores: Scores, shared: Tensor, options: LossOptions) -> Tensor:
     """The probability [g] of the candidates, `shared` [g, K] and the continuation, of a side that reads whole rows."""
     continuation = scores.continuation
     if not options.normalises:
         shared = shared - scores.first_logsumexp[:, None]
         continuation = None if continuation is None else continuation - scores.first_logsumexp
-    mass = shared.exp().sum(dim=1)
+    mass = torch.cat([shared[rows].exp().sum(1) for rows in row_blocks(*shared.shape, shared.device)])
     return mass if continuation is None else mass + continuation.exp()
-
-
-def divergence(s: Tensor, t: Tensor, options: LossOptions, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Eq. 8 and 9: the divergence [g] of the softmaxes of s and t, both [g, C], and its gradient by s [g, C].
-
-    A candidate that KL's first argument excludes adds 0; one that only its second excludes makes the loss infinite.
-    """
-    beta = options.beta
-    if options.temperature != 1:
-        s, t = s / options.temperature, t / options.temperature
-    log_q, log_p = s.log_softmax(dim=1), t.log_softmax(dim=1)
-    gradient = None
-    if beta == 0:
-        losses, _ = _kl(log_p, log_q)
-        if needs_grad:
-            gradient = (log_q.exp() - log_p.exp()).masked_fill_(log_q == -math.inf, 0)
-    else:
-        # The derivative of the whole divergence by q is (1 - beta) log(q / m), the mixture m held fixed or not; at
-        # beta = 1 (reverse KL) p takes the mixture's place, and the factor is 1.
-        factor, log_m = 1.0, log_p
-        if beta < 1:
-            factor = 1 - beta
-            log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(factor))
-        kl, ratio = _kl(log_q, log_m)
-        losses = kl if beta == 1 else factor * kl + beta * _kl(log_p, log_m)[0]
-        if needs_grad:
-            gradient = ratio.sub_(kl[:, None]).mul_(log_q.exp_()).mul_(factor)
-    if gradient is not None and options.temperature != 1:
-        gradient /= options.temperature
-    return losses, gradient
-
-
-def _kl(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(a || b) [g] of two log-probabilities [g, C], and log(a / b) [g, C], 0 where a is 0."""
-    ratio = (log_a - log_b).masked_fill_(log_a == -math.inf, 0)
-    # Clamped, so that an infinite ratio counts even where the probability before it underflows.
-    a = log_a.exp().clamp_(min=torch.finfo(log_a.dtype).tiny)
-    return a.mul_(ratio).sum(dim=1), ratio
 
 
 def add_gradient(
     student: Rows,
     chunk: Chunk,
-    scores: _Scores,
+    scores: Scores,
     s: Tensor,  # [g, C], the shared scores that the divergence saw
     chosen: Tensor | None,  # int64 [g, C], their columns; None: all K
     picks: bool,
@@ -301,17 +313,16 @@ def add_gradient(
     """Carries the gradient by the scores back to the student's logits."""
     part = chunk.student
     if chunk.has_continuation:
-        by_target = by_continuation[part.unit]  # [R]
-        if options.score != "sum_logprob":
-            by_target = by_target / part.length[part.unit]
+        by_target = by_terms(by_continuation, part, options)
     if scores.logits is None:
-        slope = student.slope(s)
+        for rows in row_blocks(*s.shape, s.device):
+            by_shared[rows] *= student.slope(s[rows])
         if chosen is None:
-            student.add_shared(part.first_rows, by_shared.mul_(slope))
+            student.add_shared(part.first_rows, by_shared)
         elif picks:
-            student.add_pick(part.first_rows, student.shared_ids[chosen], by_shared.mul_(slope))
+            student.add_pick(part.first_rows, student.shared_ids[chosen], by_shared)
         else:
-            wide = torch.zeros_like(scores.shared).scatter_add_(1, chosen, by_shared.mul_(slope))
+            wide = torch.zeros_like(scores.shared).scatter_add_(1, chosen, by_shared)
             student.add_shared(part.first_rows, wide)
         if chunk.has_continuation:
             by_target = (by_target * student.slope(scores.targets))[:, None]
@@ -322,17 +333,20 @@ def add_gradient(
     # unit's first row, off every shared candidate, whose gradients add up to minus the continuation's.
     by_logsumexp = -by_target
     by_logsumexp[part.first] += by_continuation
-    slope = student.slope(scores.logits)
-    gradient = scores.logits.sub_(scores.logsumexp[:, None]).exp_().mul_(by_logsumexp[:, None])
-    gradient.masked_fill_(by_logsumexp[:, None] == 0, 0)
-    first = gradient[part.first]
-    if chosen is None:
-        first[:, student.shared_ids] += by_shared
-    else:
-        first.scatter_add_(1, student.shared_ids[chosen], by_shared)
-    gradient[part.first] = first
-    gradient[torch.arange(len(part.rows), device=part.rows.device), part.tokens] += by_target
-    student.add_whole(part.rows, gradient.mul_(slope))
+    gradient = scores.logits  # written over
+    for units, rows in unit_blocks(part, gradient.shape[1]):
+        block, weight, first = gradient[rows], by_logsumexp[rows, None], part.first[units] - rows.start
+        slope = student.slope(block)
+        block.sub_(scores.logsumexp[rows, None]).exp_().mul_(weight).masked_fill_(weight == 0, 0)
+        first_rows = block[first]
+        if chosen is None:
+            first_rows[:, student.shared_ids] += by_shared[units]
+        else:
+            first_rows.scatter_add_(1, student.shared_ids[chosen[units]], by_shared[units])
+        block[first] = first_rows
+        block[torch.arange(len(block), device=block.device), part.tokens[rows]] += by_target[rows]
+        block.mul_(slope)
+    student.add_whole(part.rows, gradient)
 
 
 def apply_job(
@@ -368,7 +382,8 @@ class _SimCT(torch.autograd.Function):
             student_input, _, _, teacher_input = ctx.saved_tensors
             _, gradients = ctx.job.run(student_input, teacher_input, tuple(ctx.needs_input_grad[3:6]), unit_weights)
         else:
-            gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients]
+            if grad_loss.device.type != "cpu" or grad_loss != 1:  # elsewhere looking would wait
+                gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients]
         # float32 until here: the one rounding to the inputs' dtype comes last.
         gradients = [
             None if gradient is None else gradient.to(tensor.dtype)

@@ -6,6 +6,9 @@ either the K shared columns only or whole rows. A chunk holds no more elements o
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +17,13 @@ from torch import Tensor
 from .inputs import AlignedUnits, SharedVocabulary
 from .options import LossOptions
 
-# Elements of one chunk's matrix of scores. Measured on the CPU (2 cores, AVX-512, 1,024 rows, vocabularies of 25,000 to
-# 50,000): 2^23 is the fastest; 2^19 takes 2.3 times as long, for products of few rows are slow; 3 * 2^20 takes 1.15
-# times as long and keeps chunks at 12 MB. The figure for other devices (0.5 GB) has not been measured.
-_AUTO_ELEMENTS = {"cpu": 3 << 20}
+# Elements of one chunk's matrix of scores: 67 MB on the CPU, where a head's rows are gathered anew for every chunk. The figure for
+# other devices (0.5 GB) has not been measured.
+_AUTO_ELEMENTS = {"cpu": 1 << 24}
 _AUTO_ELEMENTS_ELSEWHERE = 1 << 27
+
+# Elements of a chunk that one pass after the other goes over: on the CPU, as many as stay in its cache.
+_BLOCK_ELEMENTS = {"cpu": 1 << 19}
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,27 @@ def auto_rows(columns: int, device: torch.device) -> int:
     return max(1, _AUTO_ELEMENTS.get(device.type, _AUTO_ELEMENTS_ELSEWHERE) // columns)
 
 
+def row_blocks(count: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """Cuts `count` rows of `columns` elements into blocks for passes that need temporaries of their size."""
+    limit = max(1, _BLOCK_ELEMENTS.get(device.type, count * columns) // columns)
+    for start in range(0, count, limit):
+        yield slice(start, min(start + limit, count))
+
+
+def unit_blocks(part: Part, columns: int) -> Iterator[tuple[slice, slice]]:
+    """As `row_blocks` for the rows of a chunk's units, none of them split: the units of a block, and their rows."""
+    if part.rows.device.type not in _BLOCK_ELEMENTS:  # one block, without waiting for the device
+        yield slice(0, len(part.first)), slice(0, len(part.rows))
+        return
+    first = [*part.first.tolist(), len(part.rows)]
+    begin = 0
+    for unit in range(1, len(first)):
+        last = unit == len(first) - 1
+        if last or (first[unit + 1] - first[begin]) * columns > _BLOCK_ELEMENTS[part.rows.device.type]:
+            yield slice(begin, unit), slice(first[begin], first[unit])
+            begin = unit
+
+
 def plan_chunks(
     units: AlignedUnits,
     shared: SharedVocabulary,
@@ -81,13 +107,16 @@ def plan_chunks(
     def limit(width: int) -> int:
         return auto_rows(width, device) if chunk_rows == "auto" else chunk_rows
 
-    shared_limit, student_limit, teacher_limit = limit(shared_width), limit(student_columns), limit(teacher_columns)
+    student_limit, teacher_limit = limit(student_columns), limit(teacher_columns)
+    # As few chunks as the limit allows, of units as many each: a last chunk of few rows would be as slow as a full one.
+    shared_limit = limit(shared_width)
+    even = {code: math.ceil(count / math.ceil(count / shared_limit)) for code, count in Counter(kinds).items()}
     cuts, student_rows, teacher_rows = [0], 0, 0
     for place, code in enumerate(kinds):
         more_student = student_lengths[place] if code & 2 else 0
         more_teacher = teacher_lengths[place] if code & 1 else 0
         full = (
-            place - cuts[-1] >= shared_limit
+            place - cuts[-1] >= even[code]
             or student_rows + more_student > student_limit
             or teacher_rows + more_teacher > teacher_limit
         )

@@ -21,7 +21,7 @@ class Rows(Protocol):
 
     shared_ids: Tensor  # int64 [K]
     columns: int  # V
-    width: int  # elements that one row of `pick` with one column costs
+    pick_width: int  # elements that one row of `pick` with one column costs
 
     def shared(self, rows: Tensor) -> Tensor: ...  # [g] -> [g, K]
     def whole(self, rows: Tensor) -> Tensor: ...  # [R] -> [R, V]
@@ -37,7 +37,7 @@ class Rows(Protocol):
 class LogitRows:
     """Rows of given logits. The gradient has the logits' shape and dtype."""
 
-    width = 1
+    pick_width = 1
 
     def __init__(
         self,
@@ -90,6 +90,7 @@ class LinearRows:
     ) -> None:
         self.hidden, self.head, self.shared_ids, self.dtype = hidden.detach(), head, shared_ids, dtype
         self.columns, self.width = head.weight.shape
+        self.pick_width = self.width
         # CUDA multiplies 16-bit operands into a 32-bit result; elsewhere the result would be rounded to 16 bits, so the
         # operands are widened first.
         native = hidden.is_cuda and torch.version.hip is None and hidden.dtype == head.weight.dtype
@@ -180,15 +181,29 @@ class LinearRows:
     def _add_products(
         self, rows: Tensor, gradient: Tensor, weight: Callable[[], Tensor], weight_gradient: Tensor | None
     ) -> None:
-        gradient = gradient.to(self.operand_dtype)
+        gradient, unit = as_operand(gradient, self.operand_dtype)
         if self.hidden_gradient is not None:
-            self.hidden_gradient[rows] += product(gradient, weight())
+            made = product(gradient, weight())
+            self.hidden_gradient[rows] += made if unit is None else made * unit
         if weight_gradient is not None:
             hidden = self.hidden[rows].to(self.operand_dtype)
             if self.operand_dtype == self.dtype:
                 torch.addmm(weight_gradient, gradient.T, hidden, out=weight_gradient)
             else:
-                weight_gradient += product(gradient.T, hidden)
+                made = product(gradient.T, hidden)
+                weight_gradient += made if unit is None else made.mul_(unit)
+
+
+def as_operand(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A gradient as a product's operand, and the power of two that the product is to be multiplied by, if any.
+
+    float16 underflows below 6e-8, where the gradient of a student near its teacher lies: the largest element is brought
+    to 2^13 or more.
+    """
+    if dtype != torch.float16:
+        return gradient.to(dtype), None
+    exponent = torch.frexp(gradient.abs().amax()).exponent - 14
+    return torch.ldexp(gradient, -exponent).to(dtype), torch.ldexp(gradient.new_ones(()), exponent)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

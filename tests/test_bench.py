@@ -18,7 +18,7 @@ from bench.workers import Failed, Worker
 from simct_kernels import AlignedUnits, SharedVocabulary
 from simct_kernels.options import LossOptions
 
-SHARED = SharedVocabulary(torch.arange(5), torch.arange(5))  # K = 5
+SHARED = SharedVocabulary(torch.arange(5), torch.tensor([0, 2, 1, 3, 4]))  # K = 5: the teacher's ids need a table
 V_S, V_T = 11, 7
 
 
@@ -36,14 +36,15 @@ def test_logits_floor_counted_by_hand():
     """One shared pair; one single unit that is none; 2 student tokens against 1; 1 against 3."""
     mixed = units((1, 1), (1, 1), (2, 1), (1, 3), pairs=[(0, 4)])
     forward, backward = floor.logits_floor(mixed, SHARED, V_S, V_T, student_bytes=4, teacher_bytes=2)
-    tables = 2 * 5 * 4
+    tables = 5 * 4
     # Student: three rows of K, two of them with a continuation's token besides, and a unit of two whole rows.
     student = 3 * 5 + 2 + 2 * V_S
     # Teacher: three rows of K, two with a continuation's token, and a unit of three whole rows.
     teacher = 3 * 5 + 2 + 3 * V_T
     assert forward == floor.Cost(read=4 * student + 2 * teacher + tables)
-    # Again the student's; of the teacher each unit's K; all five rows of the gradient.
-    assert backward == floor.Cost(read=4 * student + 2 * 4 * 5 + tables, written=4 * 5 * V_S)
+    # Again the student's without the continuations' tokens, of which the gradient needs no logit; of the teacher each
+    # unit's K; all five rows of the gradient.
+    assert backward == floor.Cost(read=4 * (student - 2) + 2 * 4 * 5 + tables, written=4 * 5 * V_S)
 
 
 def test_logits_floor_heeds_the_options():
@@ -52,7 +53,7 @@ def test_logits_floor_heeds_the_options():
 
     def read(**options):
         forward, _ = floor.logits_floor(mixed, SHARED, V_S, V_T, **bytes_of, options=LossOptions(**options))
-        return forward.read - 2 * 5 * 4
+        return forward.read - 5 * 4
 
     assert read() == (5 + 2 * V_S) + (5 + 2 * V_T)
     assert read(score="mean_logit") == (5 + 5 + 2) + (5 + 5 + 2)  # no log-sum-exp is needed
@@ -190,7 +191,7 @@ def sleep():
 
 
 def test_workers_measure_and_survive():
-    with Worker(fresh=True) as worker:
+    with Worker("cpu", fresh=True) as worker:
         for _ in range(2):
             assert worker.call(allocate, 64, seconds=60) == pytest.approx(64 << 20, rel=0.1)
         with pytest.raises(Failed, match="^RuntimeError: on purpose$"):

@@ -3,7 +3,7 @@
 No logit is ever stored: the forward multiplies hidden states and heads tile by tile, the backward does it again where
 the gradient is not negligible (fused_gradient.py has the bound). Losses are the same on every run. Gradients are added
 up by atomics and are not, so where torch.use_deterministic_algorithms asks for it, chunks of products do the work, as
-they do for float64 and top_k, and for logits that are given.
+they do for float64 and top_k, for logits that are given and for a served teacher.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from ..torch_plan import Chunk, Part
 from ..torch_rows import LinearRows, add_repeated
 from . import linear_job as chunked_job
 from . import simct_loss as simct_loss
+from . import topk_job as topk_job
+from . import topk_simct_loss as topk_simct_loss
 from .columns import columns_of
 from .fused import Projection
 from .fused_gradient import add_candidates_gradient, add_logsumexp_gradient

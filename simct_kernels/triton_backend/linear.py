@@ -43,11 +43,11 @@ class _RawRows(LinearRows):
         return UnitRows(side, rows, part.first, part.length, None, targets)
 
     def gradient_like(self, values: Tensor) -> Tensor:
-        """Where to write the gradient by `values`: over them, unless the products would copy it in 16 bits at once.
+        """Where to write the gradient by `values`: over them, unless the products would copy it in bfloat16 at once.
 
-        A bias's gradient is a sum that 16-bit terms would spoil.
+        A bias's gradient is a sum that 16-bit terms would spoil, and float16 needs the gradient's range first.
         """
-        if self.operand_dtype == self.dtype or self.bias_gradient is not None:
+        if self.operand_dtype != torch.bfloat16 or self.bias_gradient is not None:
             return values
         return torch.empty_like(values, dtype=self.operand_dtype)
 

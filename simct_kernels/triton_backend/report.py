@@ -31,7 +31,8 @@ from triton.runtime.jit import JITFunction
 
 from ..inputs import AlignedUnits, LMHead, SharedVocabulary
 from ..options import LossOptions
-from . import fused, fused_backend, linear, linear_simct_loss, simct_loss, tiles
+from . import fused, fused_backend, indexed, linear, linear_simct_loss, simct_loss, small, softmax, tiles
+from .scores import Side
 
 TARGETS = {
     "80": GPUTarget("cuda", 80, 32),
@@ -97,9 +98,11 @@ class Launch:
             n for n in given if n in ("student_ids", "student_bias", "student_unit", "teacher_unit", "left_out")
         ]
         optional += [
-            n for n in given if n in ("shared_index", "tokens", "logsumexp", "student_targets", "bias", "wanted")
+            n
+            for n in given
+            if n in ("shared_index", "tokens", "logsumexp", "student_targets", "bias", "wanted", "gradient")
         ]
-        read = next(types[name][1:] for name in ("values", "hidden", "student", "partial") if name in types)
+        read = next(types[name][1:] for name in ("values", "student", "weight", "hidden", "partial") if name in types)
         return " ".join([read, *(f"{k}={v}" for k, v in values.items()), *optional])
 
     def compile(self, target: GPUTarget):
@@ -146,6 +149,10 @@ def _cases(quick: bool) -> Iterator:
     for mode in modes:
         yield lambda mode=mode: _run_logits(torch.bfloat16, **mode)
         yield lambda mode=mode: _run_linear(True, torch.bfloat16, **mode, **everything)
+        for size in [small.LARGEST] if quick else [2**n for n in range(5, 13)]:
+            yield lambda mode=mode, size=size: _run_small(size, True, **mode)
+            if not quick:
+                yield lambda mode=mode, size=size: _run_small(size, False, **mode)
         if quick:
             continue
         yield lambda mode=mode: _run_fused(True, torch.bfloat16, **mode, **everything)
@@ -153,6 +160,10 @@ def _cases(quick: bool) -> Iterator:
         yield lambda mode=mode: _run_logits(torch.bfloat16, **mode, **everything)
         yield lambda mode=mode: _run_logits(torch.bfloat16, one_vocabulary=True, **mode)
         yield lambda mode=mode: _run_linear(False, torch.bfloat16, **mode)
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32):
+        yield lambda dtype=dtype: _run_sparse(dtype, True)
+        if not quick:
+            yield lambda dtype=dtype: _run_sparse(dtype, False)
     if quick:
         yield lambda: _run_fused(True, torch.bfloat16, longer_only=True, **everything)
         yield lambda: _run_logits(torch.bfloat16, one_vocabulary=True)
@@ -192,6 +203,11 @@ def _run_logits(dtype: torch.dtype, one_vocabulary: bool = False, **options) -> 
     loss.backward()
 
 
+def _head(full: bool, dtype: torch.dtype = torch.float32) -> LMHead:
+    weight = torch.zeros(_WIDTH, 16, dtype=dtype, requires_grad=True)
+    return LMHead(weight, torch.zeros(_WIDTH, requires_grad=True), 30.0, 0.5) if full else LMHead(weight)
+
+
 def _run_linear(full_head: bool, gradient_dtype: torch.dtype, **options) -> None:
     """The logits are float32 whatever the operands are; on a GPU with 16-bit operands so is the gradient."""
     like = mock.patch.object(
@@ -211,15 +227,32 @@ def _call_linear(loss: Callable, full_head: bool, dtype: torch.dtype, options: d
     units, shared = _problem()
     if longer_only:
         units = units.select((units.student_length > 1) & (units.teacher_length > 1))
-
-    def head() -> LMHead:
-        weight = torch.zeros(_WIDTH, 16, dtype=dtype, requires_grad=True)
-        return LMHead(weight, torch.zeros(_WIDTH, requires_grad=True), 30.0, 0.5) if full_head else LMHead(weight)
-
     hidden = torch.zeros(len(units.student_tokens), 16, dtype=dtype, requires_grad=True)
     teacher = torch.zeros(len(units.teacher_tokens), 16, dtype=dtype)
-    arguments = hidden, head(), teacher, head(), units, shared, LossOptions(**options)
+    arguments = hidden, _head(full_head, dtype), teacher, _head(full_head, dtype), units, shared, LossOptions(**options)
     loss(*arguments, summed=True, chunk_rows="auto")
+
+
+def _run_sparse(dtype: torch.dtype, full_head: bool) -> None:
+    """What `top_k` and a served teacher take, of inputs of `dtype`. Indexed products read hidden and head as they are."""
+    units, shared = _problem()
+    head = _head(full_head, dtype)
+    hidden = torch.zeros(len(units.student_tokens), 16, dtype=dtype, requires_grad=True)
+    teacher = torch.zeros(len(units.teacher_tokens), 16, dtype=dtype)
+    arguments = hidden, head, teacher, head, units, shared, LossOptions(top_k=2)
+    linear_simct_loss(*arguments, summed=True, chunk_rows="auto")
+    entries = torch.zeros(2 * tiles.SEGMENT, dtype=torch.int64)
+    indexed.add_weight_gradient(torch.zeros(_WIDTH, 16), entries.float(), hidden.detach(), entries, entries)
+    if dtype == torch.bfloat16:  # as is the gradient on a GPU, of a head without bias
+        side, row = Side(torch.zeros(3, _WIDTH), None, None, head.scale, head.softcap), torch.zeros(3)
+        softmax.write_softmax(torch.zeros(3, _WIDTH, dtype=dtype), side, None, row, row)
+    logits = torch.zeros(len(units.student_tokens), _WIDTH, dtype=dtype, requires_grad=True)
+    teacher_logits = torch.zeros(len(units.teacher_tokens), _WIDTH, dtype=dtype)
+    simct_loss(logits, teacher_logits, units, shared, LossOptions(top_k=2), summed=True)
+
+
+def _run_small(size: int, needs_grad: bool, **options) -> None:
+    small.divergence(torch.zeros(3, size), torch.zeros(3, size), LossOptions(**options), needs_grad)
 
 
 def usage(launch: Launch, arch: str) -> Usage:

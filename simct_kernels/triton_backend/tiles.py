@@ -6,7 +6,13 @@ in two reads); the rows of a tile share each read of the shared vocabulary's ids
 the live tiles leave registers for two programs on a multiprocessor, so that one loads while another computes. A column's
 id takes 4 bytes: 1,024 columns to 256 threads are 16 bytes of ids each. AMD's CDNA has waves of 64 threads, 4 of which
 make 256; with half the rows nothing spills there. For sm_100 ptxas aims at three programs of `forward` and spills a few
-bytes to get there; with half the columns it fits four or five. Chosen by the ahead-of-time report; not measured on any GPU.
+bytes to get there; with half the columns it fits four or five.
+
+The indexed products' rows are those that the k ids of a row name ("pick"; "pick_one" for k = 1), or entries with the same
+id ("weight_gradient"), and their columns are H: 16 rows are in flight before the first is needed, as are the 4,096
+elements of a tile, 32 to a thread with its float32 sum; H of 2,304 to 8,192 in blocks of 1,024 leaves few idle. A unit
+of "small" is a row, which wants all of its scores in registers: a narrower row is padded to a power of two, and as many
+units share the tile as fill it. Chosen by the ahead-of-time report; not measured on any GPU.
 """
 
 from __future__ import annotations
@@ -25,8 +31,26 @@ class Tile:
     warps: int
 
 
-_NVIDIA = {"logsumexp": Tile(1, 4096, 8), "forward": Tile(4, 1024, 8), "gradient": Tile(4, 1024, 8)}
-_AMD = {"logsumexp": Tile(1, 2048, 4), "forward": Tile(2, 1024, 4), "gradient": Tile(2, 1024, 4)}
+_NVIDIA = {
+    "logsumexp": Tile(1, 4096, 8),
+    "forward": Tile(4, 1024, 8),
+    "gradient": Tile(4, 1024, 8),
+    "softmax": Tile(1, 2048, 8),
+    "pick": Tile(16, 256, 4),
+    "pick_one": Tile(1, 1024, 4),
+    "weight_gradient": Tile(4, 1024, 4),
+    "small": Tile(1, 4096, 8),
+}
+_AMD = {
+    "logsumexp": Tile(1, 2048, 4),
+    "forward": Tile(2, 1024, 4),
+    "gradient": Tile(2, 1024, 4),
+    "softmax": Tile(1, 2048, 4),
+    "pick": Tile(16, 256, 4),
+    "pick_one": Tile(1, 1024, 2),
+    "weight_gradient": Tile(4, 1024, 4),
+    "small": Tile(1, 4096, 4),
+}
 _BLACKWELL = _NVIDIA | {"forward": Tile(4, 512, 8)}
 TILES = {80: _NVIDIA, 90: _NVIDIA, 100: _BLACKWELL, "gfx942": _AMD}
 
@@ -62,6 +86,8 @@ _FUSED_AMD = {"scores": FusedTile(64, 64, 64, 4, 2), "gradient": FusedTile(64, 6
 FUSED_TILES = {80: _FUSED_NVIDIA, 90: _FUSED_NVIDIA, 100: _FUSED_BLACKWELL, "gfx942": _FUSED_AMD}
 
 UNITS = 64  # units of one program of the small kernels, whose data is a number or two a unit
+# Entries of one program's run of equal ids in an indexed product's weight gradient: longer runs are cut.
+SEGMENT = 128
 # Programs of one launch that reads long rows, for each multiprocessor: rows are split between programs up to that.
 _PROGRAMS = 4
 

@@ -293,7 +293,7 @@ def test_refusals():
         return dataclasses.replace(served, **fields)
 
     refused('got "mean_logit": a served teacher gives log-probabilities', score="mean_logit")
-    refused("backend 'triton' is not in this installation, which has 'auto', 'torch', 'reference'", backend="triton")
+    refused("backend 'numpy' is not in this installation, which has 'auto', ", backend="numpy")
     refused("teacher_topk_ids must be int64 [N_t, k] with k >= 1, got torch.int32", changed(ids=served.ids.int()))
     refused("teacher_topk_ids must be int64 [N_t, k] with k >= 1, got list", changed(ids=[1]))
     refused(

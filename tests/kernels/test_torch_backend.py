@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from simct_kernels import AlignedUnits, LMHead, SharedVocabulary, linear_simct_loss, simct_loss
+from simct_kernels import AlignedUnits, LMHead, SharedVocabulary, linear_simct_loss, simct_loss, torch_rows
 
 from .cases import MIXED, Problem, make_problem, relative_error
 
@@ -266,3 +266,26 @@ def test_huge_logits(options):
     expected.backward(), loss.backward()
     assert loss.isfinite() and relative_error(loss.detach(), expected.detach()) < 1e-5
     assert relative_error(student.grad, exact.grad) < 1e-5
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-9, 1e6, 0.0])
+def test_products_in_float16_keep_small_gradients(monkeypatch, size):
+    """As on a GPU, where 16-bit operands are multiplied into 32 bits. Near its teacher a student's gradients are tiny."""
+    monkeypatch.setattr(torch_rows, "product", lambda left, right: left.float() @ right.float())
+    problem = make_problem(bias=False).to(torch.float16)
+    rows = torch_rows.LinearRows(
+        problem.student_hidden,
+        problem.student_head,
+        problem.shared.student_ids,
+        torch.float32,
+        needs_grad=(True, True, False),
+    )
+    rows.operand_dtype = torch.float16
+    gradient = size * torch.randn(5, len(problem.shared), generator=torch.Generator().manual_seed(0))
+    rows.add_shared(torch.arange(5), gradient.clone())
+    hidden, weight, _ = rows.gradients()
+    ids = problem.shared.student_ids
+    expected = gradient.double() @ problem.student_head.weight[ids].double()
+    assert relative_error(hidden[:5], expected.detach()) < 1e-3
+    expected = gradient.double().T @ problem.student_hidden[:5].double()
+    assert relative_error(weight[ids], expected.detach()) < 1e-3

@@ -50,7 +50,13 @@ def small_tiles(monkeypatch):
         "logsumexp": tiles.Tile(1, 32, 4),
         "forward": tiles.Tile(4, 32, 4),
         "gradient": tiles.Tile(4, 32, 4),
+        "softmax": tiles.Tile(1, 32, 4),
+        "pick": tiles.Tile(4, 16, 4),
+        "pick_one": tiles.Tile(1, 16, 4),
+        "weight_gradient": tiles.Tile(4, 16, 4),
+        "small": tiles.Tile(4, 32, 4),
     }
+    monkeypatch.setattr(tiles, "SEGMENT", 8)
     monkeypatch.setattr(tiles, "TILES", {architecture: small for architecture in tiles.TILES})
     fused = dict.fromkeys(("scores", "gradient", "scores32", "gradient32"), tiles.FusedTile(8, 32, 8, 4, 2))
     monkeypatch.setattr(tiles, "FUSED_TILES", {architecture: fused for architecture in tiles.FUSED_TILES})

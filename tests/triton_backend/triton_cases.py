@@ -31,3 +31,4 @@ def _on_device(name: str):
 
 
 simct_loss, linear_simct_loss = _on_device("simct_loss"), _on_device("linear_simct_loss")
+topk_simct_loss = _on_device("topk_simct_loss")

@@ -1,0 +1,136 @@
+"""The losses that choose few of the shared tokens, in Triton: `top_k` and a served teacher's k best.
+
+The plan of the PyTorch backend's jobs, whose chunk reads the chosen columns by indexed products, with their gradients
+(`indexed`), and takes the divergence in one launch (`small`). Whole rows, which longer units need for their
+log-sum-exps, are raw products, or the given logits where they lie: kernels finish what they read. Their gradient is a
+softmax over the vocabulary and, apart from it, the chosen columns' own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import topk, torch_backend
+from ..options import LossOptions
+from ..torch_backend import Scores, Steps, by_terms, continuation_scores
+from ..torch_plan import Chunk, Part
+from ..torch_rows import LogitRows, product
+from . import small
+from .indexed import IndexedRows
+from .rows import row_logsumexp
+from .scores import Side
+from .softmax import write_softmax
+
+
+class _LinearRows(IndexedRows):
+    """As its base, where `whole` gives raw products [R, V]."""
+
+    def whole(self, rows: Tensor) -> Tensor:
+        return product(self.hidden[rows].to(self.operand_dtype), self._whole_head().T)
+
+    def places(self, rows: Tensor) -> Tensor:  # int64 [R], where `whole` has these rows
+        return torch.arange(len(rows), device=rows.device)
+
+    def logsumexp(self, values: Tensor, rows: Tensor) -> Tensor:  # [R]
+        return row_logsumexp(self._side(values))
+
+    def read(self, values: Tensor, places: Tensor, ids: Tensor) -> Tensor:  # [K] or [R, k] ids -> [R, K] or [R, k]
+        return self._finish(values[places[:, None], ids], None if self._bias is None else self._bias[ids])
+
+    def add_softmax(self, rows: Tensor, values: Tensor, logsumexp: Tensor, by_logsumexp: Tensor) -> None:
+        """Adds by_logsumexp [R] times the softmax of the rows, which it may write over `values`."""
+        out = self.gradient_like(values)
+        write_softmax(out, self._side(values), None, logsumexp, by_logsumexp)
+        self.add_whole(rows, out)
+
+    def _side(self, values: Tensor) -> Side:
+        scale = None if self.head.scale == 1 else float(self.head.scale)
+        return Side(values, None, self._bias, scale, self.head.softcap)
+
+
+class _LogitRows(LogitRows):
+    """As its base, where `whole` gives all the logits [N, V] as they are."""
+
+    def whole(self, rows: Tensor) -> Tensor:
+        return self.logits
+
+    def places(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def logsumexp(self, values: Tensor, rows: Tensor) -> Tensor:
+        wanted = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+        wanted[rows] = True
+        return row_logsumexp(Side(values), wanted)[rows]
+
+    def read(self, values: Tensor, places: Tensor, ids: Tensor) -> Tensor:
+        return values[places[:, None], ids].to(self.dtype)
+
+    def add_softmax(self, rows: Tensor, values: Tensor, logsumexp: Tensor, by_logsumexp: Tensor) -> None:
+        """As of `_LinearRows`. Nothing was added to these rows before: a row belongs to one unit."""
+        write_softmax(self.gradient, Side(values), rows, logsumexp, by_logsumexp)
+
+
+class _KernelSteps(Steps):
+    linear_rows = _LinearRows
+    logit_rows = _LogitRows
+    divergence = staticmethod(small.divergence)
+
+    def run(self, student_input: Tensor, *arguments) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        with torch.cuda.device_of(student_input):  # Triton launches on the current device
+            return super().run(student_input, *arguments)
+
+    def candidate_scores(
+        self,
+        source: _LinearRows | _LogitRows,
+        part: Part,
+        chunk: Chunk,
+        options: LossOptions,
+        columns: Tensor | None = None,  # int64 [g, k]; None: all K
+    ) -> Scores:
+        if not part.whole:
+            return torch_backend.candidate_scores(source, part, chunk, options, columns)
+        values, places = source.whole(part.rows), source.places(part.rows)
+        logsumexp = source.logsumexp(values, part.rows)
+        first_logsumexp = logsumexp[part.first]
+        ids = source.shared_ids if columns is None else source.shared_ids[columns]
+        shared = source.read(values, places[part.first], ids)
+        if options.normalises:
+            shared -= first_logsumexp[:, None]
+        continuation = targets = None
+        if chunk.has_continuation:
+            targets = source.read(values, places, part.tokens[:, None]).squeeze(1)
+            continuation = continuation_scores(targets - logsumexp if options.normalises else targets, part, options)
+        return Scores(shared, continuation, targets, values, logsumexp, first_logsumexp)
+
+    def add_gradient(
+        self,
+        student: _LinearRows | _LogitRows,
+        chunk: Chunk,
+        scores: Scores,
+        s: Tensor,  # [g, C]
+        chosen: Tensor,  # int64 [g, C]
+        picks: bool,
+        by_shared: Tensor,  # [g, C]
+        by_continuation: Tensor,  # [g]
+        options: LossOptions,
+    ) -> None:
+        if scores.logits is None:
+            arguments = student, chunk, scores, s, chosen, picks, by_shared, by_continuation, options
+            return torch_backend.add_gradient(*arguments)
+        part = chunk.student
+        by_target = by_terms(by_continuation, part, options)
+        by_logsumexp = -by_target
+        by_logsumexp[part.first] += by_continuation
+        student.add_softmax(part.rows, scores.logits, scores.logsumexp, by_logsumexp)
+        slope = student.slope(s + scores.first_logsumexp[:, None])
+        student.add_pick(part.first_rows, student.shared_ids[chosen], by_shared * slope)
+        student.add_pick(part.rows, part.tokens[:, None], (by_target * student.slope(scores.targets))[:, None])
+
+
+class TopKJob(_KernelSteps, torch_backend.LossJob):
+    """For `top_k` smaller than K."""
+
+
+class ServedJob(_KernelSteps, topk.Job):
+    """For a served teacher."""
