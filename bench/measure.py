@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import re
 import time
@@ -129,6 +130,9 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.start = torch.cuda.memory_allocated(device)
             return
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what was freed before is given back, or it would be used again unseen
         self.status = Path("/proc/self/status")
         if self.status.exists():
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now

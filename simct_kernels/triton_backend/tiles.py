@@ -5,8 +5,8 @@ a thread takes 8 neighbouring columns of a row, so that contiguous 16-bit logits
 in two reads); the rows of a tile share each read of the shared vocabulary's ids; and at 16 elements a thread and side
 the live tiles leave registers for two programs on a multiprocessor, so that one loads while another computes. A column's
 id takes 4 bytes: 1,024 columns to 256 threads are 16 bytes of ids each. AMD's CDNA has waves of 64 threads, 4 of which
-make 256; with half the rows nothing spills there. For sm_100 ptxas aims at three programs of `forward` and spills a few
-bytes to get there; with half the columns it fits four or five.
+make 256; with half the rows nothing spills there. For sm_100 ptxas aims at three programs of 256 threads
+for `forward` and spills a few bytes to get there: 128 threads with half the columns spill nothing.
 
 The indexed products' rows are those that the k ids of a row name ("pick"; "pick_one" for k = 1), or entries with the same
 id ("weight_gradient"), and their columns are H: 16 rows are in flight before the first is needed, as are the 4,096
@@ -51,7 +51,7 @@ _AMD = {
     "weight_gradient": Tile(4, 1024, 4),
     "small": Tile(1, 4096, 4),
 }
-_BLACKWELL = _NVIDIA | {"forward": Tile(4, 512, 8)}
+_BLACKWELL = _NVIDIA | {"forward": Tile(4, 512, 4)}
 TILES = {80: _NVIDIA, 90: _NVIDIA, 100: _BLACKWELL, "gfx942": _AMD}
 
 
