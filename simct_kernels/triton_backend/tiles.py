@@ -60,7 +60,7 @@ class FusedTile:
     """Of a kernel that makes its logits itself: ROWS by BLOCK logits, DEPTH of the width in each step of the products.
 
     64 rows and 4 or 8 warps are the least that `wgmma` and `tcgen05` take. Both sides' float32 tiles are live at once, 32
-    registers each for a thread at 64 by 128 and 8 warps; twice that spills, and on sm_100 and gfx942 that does. DEPTH is
+    registers each for a thread at 64 by 128 and 8 warps; twice that spills, and on sm_100 and gfx942 that does too. DEPTH is
     128 bytes of a 16-bit row, a whole line, and half of it where two more products need the registers. Names with 32 are
     for float32 operands, multiplied exactly, by ordinary multiply-adds on NVIDIA. Chosen by the ahead-of-time report.
 
@@ -81,7 +81,7 @@ class FusedTile:
 
 _FUSED_32 = {"scores32": FusedTile(32, 64, 16, 8, 2), "gradient32": FusedTile(32, 64, 16, 8, 2)}
 _FUSED_NVIDIA = {"scores": FusedTile(64, 128, 64, 8, 3), "gradient": FusedTile(64, 128, 32, 8, 3)} | _FUSED_32
-_FUSED_BLACKWELL = {"scores": FusedTile(64, 64, 64, 4, 3), "gradient": FusedTile(64, 64, 32, 8, 3)} | _FUSED_32
+_FUSED_BLACKWELL = {"scores": FusedTile(64, 32, 64, 4, 3), "gradient": FusedTile(64, 32, 32, 4, 3)} | _FUSED_32
 _FUSED_AMD = {"scores": FusedTile(64, 64, 64, 4, 2), "gradient": FusedTile(64, 64, 32, 4, 2)} | _FUSED_32
 FUSED_TILES = {80: _FUSED_NVIDIA, 90: _FUSED_NVIDIA, 100: _FUSED_BLACKWELL, "gfx942": _FUSED_AMD}
 
