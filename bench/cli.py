@@ -42,6 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     clock = Clock(options.budget)
 
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the processes that are started from here
     if options.quick:
         os.environ["OMP_NUM_THREADS"] = "1"  # tiny sizes: more threads would wait for one another
 

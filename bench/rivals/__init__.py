@@ -22,6 +22,7 @@ class Method:
     refuses: Callable[[Case, str], str | None] = lambda case, device: None
     options: LossOptions = LossOptions()
     same_loss: bool = True  # whether it computes the case's loss, of which all must agree
+    compiles: bool = False  # for the sizes of its first call, which is then no measurement on any device
     scale: Callable[[Case], float] = lambda case: 1.0  # its loss times this is the sum over units
 
 

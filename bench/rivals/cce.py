@@ -31,4 +31,4 @@ def refuses(case: Case, device: str) -> str | None:
     return missing("cut_cross_entropy", "triton")
 
 
-METHODS = [Method("cut cross-entropy, student's head only", prepare, refuses, same_loss=False)]
+METHODS = [Method("cut cross-entropy, student's head only", prepare, refuses, same_loss=False, compiles=True)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import texts
 from ..cases import Case, Problem
 from . import Method, missing
+from .materialised import both_logits
 
 
 def prepare(problem: Problem, hybrid: bool) -> Callable[[], Tensor]:
@@ -46,10 +47,8 @@ def prepare(problem: Problem, hybrid: bool) -> Callable[[], Tensor]:
         offsets.append(torch.tensor([spans], device=problem.device))
 
     def call() -> Tensor:
-        with torch.no_grad():
-            teacher = problem.teacher_head.logits(problem.teacher_hidden)[None]
-        student = problem.student_head.logits(problem.student_hidden)[None]
-        return loss(student, teacher, *ids, *ids, *offsets)
+        student, teacher = both_logits(problem)
+        return loss(student[None], teacher[None], *ids, *ids, *offsets)
 
     return call
 

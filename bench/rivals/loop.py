@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..cases import Problem
 from . import Method, only
-from .materialised import NEVER, reverse_kl
+from .materialised import NEVER, both_logits, log_softmax, reverse_kl
 
 
 def candidates(
@@ -24,7 +24,7 @@ def candidates(
     tokens: list[int],  # [N]
     ids: Tensor,  # int64 [K]
 ) -> Tensor:
-    rows = logits.float().log_softmax(1).unbind(0)
+    rows = log_softmax(logits).unbind(0)
     columns = torch.arange(continuations, device=logits.device)
     matrix = []
     for start, length, number in units:
@@ -50,15 +50,8 @@ def prepare(problem: Problem) -> Callable[[], Tensor]:
 
     tokens = {side: getattr(units, f"{side}_tokens").tolist() for side in lists}
 
-    def logits() -> tuple[Tensor, Tensor]:
-        if problem.case.form == "logits":
-            return problem.student_logits, problem.teacher_logits
-        with torch.no_grad():
-            teacher = problem.teacher_head.logits(problem.teacher_hidden)
-        return problem.student_head.logits(problem.student_hidden), teacher
-
     def call() -> Tensor:
-        student, teacher = logits()
+        student, teacher = both_logits(problem)
         with torch.no_grad():
             p = candidates(teacher, lists["teacher"], count, tokens["teacher"], shared.teacher_ids)
         return reverse_kl(candidates(student, lists["student"], count, tokens["student"], shared.student_ids), p)
