@@ -143,22 +143,13 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
-<<<<<<< ours
-            torch.cuda.reset_peak_memory_stats(device)
-            self.start = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(self.device)
             return
         gc.collect()
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)  # what was freed before is given back, or it would be used again unseen
-        self.status = Path("/proc/self/status")
         if self.status.exists():
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-        self.start = self._peak()
-=======
-            torch.cuda.reset_peak_memory_stats(self.device)
-        elif self.status.exists():
             Path("/proc/self/clear_refs").write_text("5")
->>>>>>> theirs
 
     def above_start(self) -> int:
         if self.device.type == "cuda":
