@@ -93,7 +93,7 @@ def _quick() -> list[tuple]:
 def _cpu_kernels() -> list[tuple]:
     one = Case("one vocabulary", Model("", 49_152, 576), Model("", 49_152, 640), 49_152, 1024, dtype="float32")
     two = Case("two vocabularies", Model("", 50_000, 640), Model("", 40_000, 576), 25_000, 1024, dtype="float32")
-    first = pair(GEMMA, QWEN, 97_675, 256, dtype="float32")
+    first = pair(GEMMA, QWEN, 97_675, 512, dtype="float32")
     text = Case(
         "DeepSeek <- Qwen, Python",
         Model("", 129_280, 256),
