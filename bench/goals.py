@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from .record import Row
 
+QUIET = 0.1  # cores: with more of them busy with other work, a CPU's times are no evidence
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -14,10 +16,11 @@ class Goal:
     bound: float
     at_most: bool
     value: float | None  # None: not measured
+    disturbed: bool = False  # by other work on the machine: neither met nor missed
 
     @property
     def met(self) -> bool | None:
-        if self.value is None:
+        if self.value is None or self.disturbed:
             return None
         return self.value <= self.bound if self.at_most else self.value >= self.bound
 
@@ -43,7 +46,9 @@ def goals(rows: Sequence[Row], device: str) -> list[Goal]:
         return Goal(text, bound, False, ratio(of(case, rival), of(case, "ours"), time))
 
     def at_most(text: str, bound: float, case: str, one: str, other: str, read=time) -> Goal:
-        return Goal(text, bound, True, ratio(of(case, one), of(case, other), read))
+        of_both = of(case, one), of(case, other)
+        disturbed = device == "cpu" and read is time and any(row and (row.other_load or 0) > QUIET for row in of_both)
+        return Goal(text, bound, True, ratio(*of_both, read), disturbed)
 
     first, one = "Gemma-2-2B <- Qwen2.5-7B", "one vocabulary"
     trl, liger, plain = "TRL chunked divergence", "Liger fused linear JSD", "materialised"

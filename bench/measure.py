@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import re
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class Measured:
     shared: int = 0
     floor: tuple = ()  # of the forward, of the backward
     device: str = ""
+    other_load: float | None = None  # cores that other processes kept busy meanwhile
 
 
 def measure(name: str, case: Case, device_type: str, seconds: float) -> Measured:
@@ -64,6 +66,7 @@ def measure(name: str, case: Case, device_type: str, seconds: float) -> Measured
         _once(call)  # compiles and tunes
         problem.clear()
         memory.restart()  # what that took is not counted; what a method keeps is, a copy of a head say
+    load = OtherLoad()
     loss, forward, total = timer(call)
     peak = memory.above_start()
     gradients = problem.gradients()
@@ -89,7 +92,7 @@ def measure(name: str, case: Case, device_type: str, seconds: float) -> Measured
         spans.append(timer(call)[1:])
     forwards, totals = zip(*spans, strict=True)
     problem.clear()
-    return Measured(forward=forwards, total=totals, **result)
+    return Measured(forward=forwards, total=totals, other_load=load.cores(), **result)
 
 
 def _once(call: Callable[[], Tensor]) -> Tensor:
@@ -122,6 +125,34 @@ class _CudaTimer:
         end.record()
         end.synchronize()
         return loss.detach(), begin.elapsed_time(middle) / 1e3, begin.elapsed_time(end) / 1e3
+
+
+class OtherLoad:
+    """How many cores other processes kept busy since it was made (Linux; None elsewhere).
+
+    Beside other work a CPU's times mean nothing: threads that wait for one another in short parallel loops spin while one of
+    them has no core, so that a method of many short loops was seen to take ten times as long, and one of few loops twice.
+    """
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter(), self._others()
+
+    def cores(self) -> float | None:
+        begin, others = self._begin
+        elapsed = time.perf_counter() - begin
+        if others is None or elapsed < 0.1:  # the kernel counts in hundredths of a second
+            return None
+        return max(0.0, (self._others() - others) / elapsed)
+
+    @staticmethod
+    def _others() -> float | None:
+        """Seconds of all cores that were not idle and not this process's."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().split("\n", 1)[0].split()[1:])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy - time.process_time()
 
 
 class PeakMemory:

@@ -64,6 +64,7 @@ class Row:
     loss: float | None = None
     gradient_norm: float | None = None
     agrees: str = ""
+    other_load: float | None = None
     note: str = ""
     device: str = ""
 
@@ -112,7 +113,7 @@ def rows_of(suite: str, case: Case, method: str, options: LossOptions, measured:
     note = measured if isinstance(measured, str) else measured.refused
     if note:
         return [dataclasses.replace(row, note=note)]
-    for name in ("student_rows", "teacher_rows", "units", "shared", "device"):
+    for name in ("student_rows", "teacher_rows", "units", "shared", "device", "other_load"):
         setattr(row, name, getattr(measured, name))
     forward, backward = measured.floor
     whole = dataclasses.replace(

@@ -81,6 +81,8 @@ def print_goals(goals: Sequence[Goal], console: Console) -> None:
         table.add_column(name, justify="right" if name in ("at", "measured") else "left")
     for goal in goals:
         verdict = {True: "[green]met[/]", False: "[red]missed[/]", None: "[yellow]not measured[/]"}[goal.met]
+        if goal.disturbed:
+            verdict = "[yellow]not judged: the machine was busy with other work[/]"
         bound = f"{'at most' if goal.at_most else 'at least'} {goal.bound:g}"
         table.add_row(goal.text, bound, "" if goal.value is None else f"{goal.value:.3g}", verdict)
     console.print(table)

@@ -4,14 +4,15 @@ import csv
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from bench import cost, floor, record
+from bench import cost, floor, goals, record
 from bench.cases import Case, Model, Problem, make_shared, make_units
 from bench.end2end import random_weights
-from bench.measure import Measured, PeakMemory
+from bench.measure import Measured, OtherLoad, PeakMemory
 from bench.rivals import Method, methods
 from bench.suites import GEMMA, QWEN, pair
 from bench.workers import Failed, Worker
@@ -180,13 +181,49 @@ def allocate(megabytes):
     return memory.above_start()
 
 
+def loads():
+    """Beside a process that works, and while this one does."""
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        beside = OtherLoad()
+        time.sleep(1)
+        found = beside.cores()
+    finally:
+        other.kill()
+        other.wait()
+    own, end = OtherLoad(), time.perf_counter() + 1
+    begin = time.process_time()
+    while time.perf_counter() < end:
+        pass
+    return found, own.cores(), time.process_time() - begin
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="read from the Linux kernel")
+def test_other_work_on_the_machine_is_noticed():
+    found, beside_own, own = loads()
+    # However busy the machine is: the other process had a share of a core, and own work is not counted.
+    assert found > 0.1
+    assert beside_own + own < os.cpu_count() + 0.1
+
+
+def test_a_goal_is_not_judged_beside_other_work():
+    def judged(other_load):
+        names = ("ours", "TRL chunked divergence")
+        rows = [
+            record.Row("kernels", "one vocabulary", name, median_s=at, other_load=other_load)
+            for name, at in zip(names, (1.0, 4.0), strict=True)
+        ]
+        return goals.goals(rows, "cpu")[0]
+
+    assert judged(0.0).met is True and judged(None).met is True
+    assert judged(1.5).met is None and judged(1.5).value == 0.25 and judged(1.5).disturbed
+
+
 def fail():
     raise RuntimeError("on purpose\nand more")
 
 
 def sleep():
-    import time
-
     time.sleep(60)
 
 
