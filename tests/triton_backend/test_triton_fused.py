@@ -102,16 +102,16 @@ def test_a_dropped_nan_unit_reaches_no_gradient():
         assert gradient.isfinite().all() and gradient.any(), key
 
 
-def test_what_it_does_not_cover_is_done_by_chunks(monkeypatch):
-    def job(dtype=torch.float32, **options):
-        problem = make_problem(dtype=dtype)
-        heads = problem.student_head, problem.teacher_head
-        return fused_backend.linear_job(problem.units, problem.shared, LossOptions(**options), *heads, "auto", dtype)
-
-    assert type(job()) is FusedJob
-    assert type(job(top_k=3)) is type(job(torch.float64)) is triton_backend.torch_backend.LossJob
+@pytest.mark.parametrize("dtype,options", [(torch.float32, {"top_k": 3}), (torch.float64, {}), (torch.float32, {})])
+def test_what_it_does_not_cover_is_the_default_jobs(monkeypatch, dtype, options):
+    problem = make_problem(dtype=dtype)
+    heads = problem.student_head, problem.teacher_head
+    arguments = (problem.units, problem.shared, LossOptions(**options), *heads, "auto", dtype)
+    default = type(triton_backend.linear_job(*arguments))
+    covered = dtype == torch.float32 and not options
+    assert type(fused_backend.linear_job(*arguments)) is (FusedJob if covered else default)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert type(job()) is triton_backend.linear.LinearJob
+    assert type(fused_backend.linear_job(*arguments)) is default is not FusedJob
 
 
 def test_losses_are_the_same_on_every_run():
