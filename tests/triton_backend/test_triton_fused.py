@@ -16,6 +16,8 @@ from simct_kernels.triton_backend.traffic import Traffic, count_traffic
 pytestmark = pytest.mark.usefixtures("small_tiles")
 in_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
 
+# One unit of each kind, the third single one with a continuation: the interpreter is slow.
+FEW = ((1, 1), (2, 1), (1, 1), (1, 2), (1, 1), (2, 2))
 CAPPED = {"softcap": 3.0, "scale": 0.5}
 EVERYTHING = {"score": "sum_logprob", "teacher_mass_floor": 0.4, "temperature": 1.7, "candidates": "disjoint"}
 OPTIONS = [
@@ -47,17 +49,21 @@ def assert_agrees(problem: Problem, tolerance: float, reduction: str = "none", *
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_agrees_with_oracle(options):
-    assert_agrees(make_problem(dtype=torch.float32, **CAPPED), 1e-5, **options)
+    assert_agrees(make_problem(FEW, dtype=torch.float32, **CAPPED), 1e-5, **options)
+
+
+def test_more_units_than_a_tile_has_rows():
+    assert_agrees(make_problem(dtype=torch.float32), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head", [CAPPED, {"bias": False}], ids=str)
 def test_16_bits(head, dtype):
-    assert_agrees(make_problem(dtype=torch.float32, **head).to(dtype), 1e-2, "sum")
+    assert_agrees(make_problem(FEW, dtype=torch.float32, **head).to(dtype), 1e-2, "sum")
 
 
 def test_sides_of_different_dtype():
-    assert_agrees(make_problem().to(torch.float32, torch.bfloat16), 1e-2)
+    assert_agrees(make_problem(FEW).to(torch.float32, torch.bfloat16), 1e-2)
 
 
 @pytest.mark.parametrize("lengths", [[(1, 1)], [(9, 7)], [(2, 1), (1, 2), (3, 3)], [(1, 1)] * 2], ids=str)
@@ -70,7 +76,7 @@ def test_one_shared_token():
 
 
 def test_chunks_and_strides_change_nothing():
-    problem = make_problem(dtype=torch.float32)
+    problem = make_problem(FEW, dtype=torch.float32)
     expected, expected_gradients = run(problem)
     transposed = problem.student_hidden.detach().T.contiguous().T.requires_grad_()
     loss = linear_simct_loss(transposed, *problem.arguments()[1:], backend="triton_fused", chunk_rows=3)
@@ -81,7 +87,7 @@ def test_chunks_and_strides_change_nothing():
 
 
 def test_only_what_needs_a_gradient_gets_one():
-    problem = make_problem(dtype=torch.float32)
+    problem = make_problem(FEW, dtype=torch.float32)
     expected = run(problem)[1]["hidden"]
     problem.student_head.weight.requires_grad_(False)
     problem.student_head.bias.requires_grad_(False)
@@ -90,7 +96,7 @@ def test_only_what_needs_a_gradient_gets_one():
 
 
 def test_a_dropped_nan_unit_reaches_no_gradient():
-    problem = make_problem(dtype=torch.float32)
+    problem = make_problem(FEW, dtype=torch.float32)
     bad = int((~problem.units.has_continuation(problem.shared)).nonzero()[1])
     row = int(problem.units.student_start[bad])
     with torch.no_grad():
@@ -115,7 +121,7 @@ def test_what_it_does_not_cover_is_the_default_jobs(monkeypatch, dtype, options)
 
 
 def test_losses_are_the_same_on_every_run():
-    problem = make_problem(dtype=torch.float32)
+    problem = make_problem(FEW, dtype=torch.float32)
     assert run(problem, reduction="none")[0].equal(run(problem, reduction="none")[0])
 
 
@@ -192,7 +198,7 @@ def test_products_and_traffic():
     traffic = counted(0)
     forward = sum(launch.products for launch in traffic.of("fused_statistics_kernel"))
     backward = sum(launch.products for launch in traffic.of("fused_gradient_kernel"))
-    rows, student_width, teacher_width = 16, 16, 16  # two kinds of units in tiles of 8; widths in steps of 8
+    rows, student_width, teacher_width = 8, 16, 16  # two kinds of units in tiles of 4; widths in steps of 8
     assert forward == rows * 64 * (student_width + teacher_width)
     assert backward == forward + 2 * rows * 64 * student_width
     assert traffic.written("extremes") == 2 * 4 * (64 // 32) * 4
