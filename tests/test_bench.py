@@ -294,5 +294,8 @@ def test_quick_run(tmp_path):
     for name in ("scaling", "comparison", "ceilings"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert {row["kernel"] for row in read("launches.csv")} > {"all"}
-    assert all(0.9 < float(row["flops / floor"]) < 1.02 for row in read("products.csv"))
+    for row in read("products.csv"):
+        of_floor = float(row["flops / floor"])
+        # Fused tiles, none of them skipped here, make both sides' logits a second time.
+        assert of_floor == 1.5 if row["backend"] == "triton_fused" else 0.9 < of_floor < 1.02, row
     assert all(row["measured_ms"] == "" for row in read("predictions.csv"))
