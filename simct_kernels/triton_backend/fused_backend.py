@@ -42,7 +42,7 @@ def linear_simct_loss(
     summed: bool,
     chunk_rows: int | str,
 ) -> tuple[Tensor, Tensor]:
-    """As `triton_backend.linear_simct_loss`. chunk_rows="auto" takes all rows at once."""
+    """As `triton_backend.linear_simct_loss`. chunk_rows="auto" takes all rows at once, if nothing is left out of candidates."""
     dtype = torch_backend.compute_dtype(student_hidden, student_head.weight, teacher_hidden, teacher_head.weight)
     job = linear_job(units, shared, options, student_head, teacher_head, chunk_rows, dtype)
     return torch_backend.apply_job(job, summed, student_hidden, student_head.weight, student_head.bias, teacher_hidden)
@@ -61,8 +61,10 @@ def linear_job(
     job = chunked_job(units, shared, options, student_head, teacher_head, chunk_rows, dtype)
     if not isinstance(job, LinearJob) or torch.are_deterministic_algorithms_enabled():
         return job
-    rows = len(units.student_tokens) + len(units.teacher_tokens) if chunk_rows == "auto" else chunk_rows
-    return FusedJob(units, shared, options, student_head, teacher_head, rows, dtype)
+    # The mask of "disjoint" has a byte for each unit and shared token.
+    if chunk_rows == "auto" and options.candidates != "disjoint":
+        chunk_rows = len(units.student_tokens) + len(units.teacher_tokens)
+    return FusedJob(units, shared, options, student_head, teacher_head, chunk_rows, dtype)
 
 
 class _UnmadeRows(LinearRows):
