@@ -23,7 +23,7 @@ _AUTO_ELEMENTS = {"cpu": 1 << 24}
 _AUTO_ELEMENTS_ELSEWHERE = 1 << 27
 
 # Elements of a chunk that one pass after the other goes over: on the CPU, as many as stay in its cache.
-_BLOCK_ELEMENTS = {"cpu": 1 << 19}
+_BLOCK_ELEMENTS = {"cpu": 1 << 20}
 
 
 @dataclass(frozen=True)
