@@ -79,10 +79,14 @@ class FusedTile:
         return names | {"num_warps": self.warps, "num_stages": self.stages}
 
 
-_FUSED_32 = {"scores32": FusedTile(32, 64, 16, 8, 2), "gradient32": FusedTile(32, 64, 16, 8, 2)}
+# Of float32 operands: what spills nothing.
+_FUSED_32 = {"scores32": FusedTile(16, 32, 16, 4, 2), "gradient32": FusedTile(16, 32, 16, 4, 2)}
+_FUSED_32_BLACKWELL = _FUSED_32 | {"scores32": FusedTile(32, 32, 16, 4, 2)}
+_FUSED_32_AMD = {"scores32": FusedTile(32, 64, 16, 8, 2), "gradient32": FusedTile(32, 64, 16, 8, 2)}
 _FUSED_NVIDIA = {"scores": FusedTile(64, 128, 64, 8, 3), "gradient": FusedTile(64, 128, 32, 8, 3)} | _FUSED_32
-_FUSED_BLACKWELL = {"scores": FusedTile(64, 32, 64, 4, 3), "gradient": FusedTile(64, 32, 32, 4, 3)} | _FUSED_32
-_FUSED_AMD = {"scores": FusedTile(64, 64, 64, 4, 2), "gradient": FusedTile(64, 64, 32, 4, 2)} | _FUSED_32
+_FUSED_BLACKWELL = {"scores": FusedTile(64, 32, 64, 4, 3), "gradient": FusedTile(64, 32, 32, 4, 3)}
+_FUSED_BLACKWELL |= _FUSED_32_BLACKWELL
+_FUSED_AMD = {"scores": FusedTile(64, 64, 64, 4, 2), "gradient": FusedTile(64, 64, 32, 4, 2)} | _FUSED_32_AMD
 FUSED_TILES = {80: _FUSED_NVIDIA, 90: _FUSED_NVIDIA, 100: _FUSED_BLACKWELL, "gfx942": _FUSED_AMD}
 
 UNITS = 64  # units of one program of the small kernels, whose data is a number or two a unit
