@@ -307,7 +307,7 @@ def add_gradient(
     chosen: Tensor | None,  # int64 [g, C], their columns; None: all K
     picks: bool,
     by_shared: Tensor,  # [g, C]
-    by_continuation: Tensor,  # [g], empty without continuations
+    by_continuation: Tensor,  # [g], read only with continuations
     options: LossOptions,
 ) -> None:
     """Carries the gradient by the scores back to the student's logits."""
