@@ -24,21 +24,29 @@ ENGINES = ("auto", "continuous", "static")
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled response. `token_ids` ends with the end-of-turn token exactly when `finish_reason` is "stop"."""
+    """One sampled response.
+
+    `token_ids` ends with the end-of-turn token exactly when `finish_reason` is "stop"; "stop_string": it ends with the token that
+    completed a stop string; "length": its budget ran out. `logprobs`: log-probability of each token as the engine saw it (of the
+    model's own distribution: temperature 1, no truncation), if the engine says so.
+    """
 
     token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "stop_string", "length"]
+    logprobs: list[float] | None = None
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. `end_ids`: every token id that ends a response; `pad_id`: fills padded batches, never returned."""
+    """How responses are drawn. `end_ids`: every token id that ends a response; `pad_id`: fills padded batches, never returned.
+    `stop_strings`: texts that end a response, once its tokens spell one of them."""
 
     end_ids: tuple[int, ...]
     pad_id: int
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.end_ids:
@@ -75,12 +83,19 @@ class RolloutEngine(Protocol):
         """One response to each prompt (token ids, at least one each), in order. The same arguments and weights give the same
         responses on one machine."""
 
+    def update_weights(self, model: PreTrainedModel) -> None:
+        """Called before `generate` when the student's weights have changed: from now on sample from those of `model`. Nothing to
+        do for an engine that holds the student itself."""
+
 
 class StaticBatching:
     """`model.generate` on left-padded batches of at most `batch_size` prompts of like length."""
 
     def __init__(self, model: PreTrainedModel, batch_size: int = 64) -> None:
         self.model, self.batch_size = model, batch_size
+
+    def update_weights(self, model: PreTrainedModel) -> None:
+        """The model is the student itself."""
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, *, seed: int) -> list[Response]:
         responses: list[Response | None] = [None] * len(prompts)
@@ -109,6 +124,9 @@ class ContinuousBatching:
 
     def __init__(self, model: PreTrainedModel, page_size: int = 64) -> None:
         self.model, self.page_size = model, page_size
+
+    def update_weights(self, model: PreTrainedModel) -> None:
+        """The model is the student itself."""
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, *, seed: int) -> list[Response]:
         if not prompts:
