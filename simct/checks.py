@@ -2,14 +2,15 @@
 
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simct.hidden import PackedSequences, response_hidden_states
-from simct.prompts import prompt_of, render_prompt
 from simct.tokens import token_bytes
 from simct_kernels import LMHead
 
@@ -25,6 +26,8 @@ def check_datasets(train_dataset, eval_dataset) -> None:
         if dataset is None:
             continue
         if not hasattr(dataset, "__len__"):
+            if name == "train_dataset" and isinstance(dataset, IterableDataset):
+                continue
             raise ValueError(
                 f"{name} is a {type(dataset).__name__} without a length: expected a list or a datasets.Dataset"
             )
@@ -32,27 +35,75 @@ def check_datasets(train_dataset, eval_dataset) -> None:
             raise ValueError(f"{name} is empty: expected at least one record with a prompt or messages")
 
 
-def check_records(
-    name: str, dataset, sides: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]], config
-) -> None:
-    """Renders every prompt for both models; ValueError names the first record that cannot be rendered or is too long.
+def check_run(config, train_dataset, eval_dataset) -> None:
+    """What needs no model: processes, data sets, options that exclude each other, a folder to write to."""
+    if config.n_gpu > 1:
+        raise ValueError(
+            f"{config.n_gpu} GPUs in one process: expected one process for each (torchrun, accelerate launch)"
+        )
+    check_datasets(train_dataset, eval_dataset)
+    if train_dataset is not None and not hasattr(train_dataset, "__len__"):
+        if config.max_steps <= 0:
+            raise ValueError(
+                f"max_steps is {config.max_steps}, but train_dataset is streamed and has no length: expected a number of steps"
+            )
+        if config.num_iterations > 1:
+            raise ValueError(f"num_iterations is {config.num_iterations}: expected 1 with a streamed train_dataset")
+        config.accelerator_config.dispatch_batches = False  # records are no tensors: every process reads its own
+    if config.fsdp and int((config.fsdp_config or {}).get("version", 2)) != 2:
+        raise ValueError(
+            "fsdp_config names version 1: expected 2 (FSDP2), whose parameters keep their names and shapes"
+        )
+    if config.rollout_engine == "vllm-server" and not (config.vllm_server_url and config.vllm_sync_dir):
+        raise ValueError("rollout_engine is 'vllm-server': expected vllm_server_url and vllm_sync_dir as well")
+    check_writable(config.output_dir)
 
-    A prompt and a whole response must fit the student's context, and a prompt the teacher's. (A response that turns out too long
-    for the teacher is cut there, and what is cut is counted.)
+
+def usable_records(name: str, dataset, student: nn.Module, render, scorers: dict, config):
+    """The records that can be used, and how many were skipped (0 unless `on_bad_row="skip"`).
+
+    Renders every prompt for both models (of a streamed data set none: its records are checked when they are sampled from). A prompt
+    and a whole response must fit the student's context, and a prompt its teacher's. (A response that turns out too long for the
+    teacher is cut there, and what is cut is counted.) ValueError names the first record that cannot be used, or says that none can.
     """
-    for number in range(0 if dataset is None else len(dataset)):
+    if dataset is None or not hasattr(dataset, "__len__"):
+        return dataset, 0
+    good, first = [], None
+    for number in range(len(dataset)):
         try:
-            prompt = prompt_of(dataset[number])
-            for side, (model, tokenizer) in sides.items():
-                tokens, limit = len(render_prompt(prompt, tokenizer, config.prompt_format)), context_length(model)
-                budget = config.max_new_tokens if side == "student" else 1
-                if tokens + budget > limit:
-                    raise ValueError(
-                        f"the prompt has {tokens} {side} tokens, with max_new_tokens={config.max_new_tokens} too many for "
-                        f"the {side}'s context of {limit}"
-                    )
+            check_record(dataset[number], student, render, scorers, config)
+            good.append(number)
         except ValueError as error:
-            raise ValueError(f"{name}, record {number}: {error}") from error
+            first = first or f"{name}, record {number}: {error}"
+            if config.on_bad_row == "fail":
+                raise ValueError(first) from error
+    skipped = len(dataset) - len(good)
+    if not skipped:
+        return dataset, 0
+    if not good:
+        raise ValueError(f"{name} has no record that can be used; {first}")
+    warnings.warn(f"{name}: {skipped} of {len(dataset)} records are skipped; {first}", stacklevel=3)
+    return dataset.select(good) if hasattr(dataset, "select") else [dataset[i] for i in good], skipped
+
+
+def check_record(record: dict, student: nn.Module, render, scorers: dict, config) -> None:
+    """ValueError unless the record's prompt fits both models."""
+    name = record.get("teacher") if isinstance(record, dict) else None
+    if name not in scorers:
+        if len(scorers) > 1:
+            raise ValueError(f"field 'teacher' is {name!r}: expected one of {', '.join(map(repr, scorers))}")
+        name = next(iter(scorers))
+    scorer = scorers[name]
+    for side, model, renderer, budget in (
+        ("student", student, render, config.max_new_tokens),
+        ("teacher", scorer.teacher.model, scorer.render, 1),
+    ):
+        tokens, limit = len(renderer(record)), context_length(model)
+        if tokens + budget > limit:
+            raise ValueError(
+                f"the prompt has {tokens} {side} tokens, with max_new_tokens={config.max_new_tokens} too many for "
+                f"the {side}'s context of {limit}"
+            )
 
 
 def context_length(model: nn.Module) -> float:
@@ -113,7 +164,7 @@ def check_head(model: PreTrainedModel, name: str) -> None:
     try:
         ids = torch.arange(1, 5, device=head.weight.device)[None]
         own = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
-        sequences = PackedSequences(ids, torch.ones_like(ids), torch.arange(4, device=ids.device))
+        sequences = PackedSequences.build([[1]], [[2, 3, 4, 5]]).to(ids.device)
         ours = head.logits(response_hidden_states(model, sequences))
     finally:
         model.train(training)

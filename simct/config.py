@@ -33,8 +33,9 @@ def from_json(name: str, value):
 class SimCTConfig(TrainingArguments):
     """Arguments of `SimCTTrainer`. Defaults of the method follow the paper (arXiv 2605.07711, Table 4).
 
-    A training step samples `per_device_train_batch_size * gradient_accumulation_steps` responses per process at once, one for each
-    prompt, and uses each once.
+    An optimiser step reads `per_device_train_batch_size * gradient_accumulation_steps` prompts per process and samples
+    `num_generations` responses to each, all at once. How many of them go through the models at a time is `max_tokens_per_batch`'s
+    matter, and changes no result.
     """
 
     # The paper's optimisation (Table 4) where it differs from the TrainingArguments' defaults.
@@ -48,9 +49,48 @@ class SimCTConfig(TrainingArguments):
     max_new_tokens: int = option(1024, "Longest response, in student tokens.")
     temperature: float = option(0.6, "Sampling temperature of the rollouts; 0 is greedy.")
     top_p: float = option(0.95, "Nucleus sampling of the rollouts.")
+    stop_strings: list[str] | None = option(None, "Texts that end a response.")
+    num_generations: int = option(1, "Responses to each prompt.")
+    num_iterations: int = option(1, "Optimiser steps that each batch of rollouts is used for.")
+    on_policy_fraction: float = option(
+        1.0, "Share of responses sampled by the student; the others are answers from the data, where it has one."
+    )
     rollout_engine: str = option("auto", f"Where samples come from: {', '.join(ENGINES)}.")
+    rollout_dtype: str | None = option(
+        None,
+        "Sample from a copy of the student in this precision: float32, bfloat16, float16. Not given: bfloat16 where "
+        "float32 weights are trained with --bf16 on a GPU, else no copy.",
+    )
+    kv_cache_gb: float | None = option(None, "Memory for the rollouts' keys and values; by free memory if not given.")
+    max_logprob_gap: float = option(
+        0.2, "Warn if the engine's log-probabilities of its samples are this far from the trainer's own, on average."
+    )
+    vllm_server_url: str | None = option(None, "rollout_engine=vllm-server: where it listens, http://host:port.")
+    vllm_sync_dir: str | None = option(
+        None, "rollout_engine=vllm-server: a folder that trainer and server both see, for the weights."
+    )
+
+    # Prompts
     prompt_format: str = option(
         "auto", f"How prompts are rendered, for each model on its own: {', '.join(PROMPT_FORMATS)}."
+    )
+    chat_template_kwargs: dict | str | None = option(
+        None, "Options of the student's chat template, as JSON: '{\"enable_thinking\": false}'."
+    )
+    teacher_chat_template_kwargs: dict | str | None = option(
+        None, "Options of the teacher's chat template, as JSON; the student's if not given."
+    )
+    teacher_system_prompt: str | None = option(None, "A system prompt that the teacher reads and the student does not.")
+    on_bad_row: str = option("fail", "A record that cannot be used: fail, or skip it and count it.")
+
+    # Memory and speed
+    max_tokens_per_batch: int | None = option(
+        None, "Most student tokens of one forward pass; the whole per-device batch if not given."
+    )
+    packing: str = option("auto", "Packed forward passes without padding: auto (where the model allows it), on, off.")
+    offload_teacher: bool = option(False, "Keep the teacher in main memory except while it scores.")
+    on_nonfinite: str = option(
+        "stop", "A loss that is no number: stop the run, or skip the step. Either is written down."
     )
 
     # Objective
@@ -65,7 +105,13 @@ class SimCTConfig(TrainingArguments):
         None, "Mask units on whose candidates the teacher puts less than this mass."
     )
     alignment: str = option("bytes", "bytes: the minimal partition; anchored: the rule of the authors' public code.")
-    units: str = option("all", "all: SimCT; single: only one-to-one units (SimpleOPD on the byte alignment).")
+    objective: str = option("simct", "simct, or a baseline on the same alignment: uld, alm.")
+    units: str = option(
+        "all",
+        "all: SimCT; single: only one-to-one units (SimpleOPD on the byte alignment); merged: neighbours merged at random.",
+    )
+    merge_ratio: float = option(0.3, "units=merged: the share of units that is merged with the next one.")
+    mask_longer: float = option(0.0, "Share of the longer units that is left out, at random (an ablation).")
     special_tokens: dict | str | None = option(
         "auto", "Student to teacher special tokens, as JSON; auto maps the end of turn."
     )
@@ -73,6 +119,10 @@ class SimCTConfig(TrainingArguments):
     chunk_rows: int | None = option(
         None, "Rows of logits that the loss holds at a time; chosen by device if not given."
     )
+
+    # Evaluation
+    eval_num_generations: int = option(1, "Graded answers to each held-out prompt with an `answer`.")
+    eval_temperature: float = option(0.0, "Their sampling temperature; 0 is greedy.")
 
     # Models given as paths
     model_init_kwargs: dict | str | None = option(
@@ -89,7 +139,13 @@ class SimCTConfig(TrainingArguments):
         if (self.metric_for_best_model or "").endswith("reverse_kl_per_byte") and self.greater_is_better is None:
             self.greater_is_better = False
         super().__post_init__()
-        for name in "special_tokens", "model_init_kwargs", "teacher_model_init_kwargs":
+        for name in (
+            "special_tokens",
+            "model_init_kwargs",
+            "teacher_model_init_kwargs",
+            "chat_template_kwargs",
+            "teacher_chat_template_kwargs",
+        ):
             setattr(self, name, from_json(name, getattr(self, name)))
         if self.special_tokens != "auto" and not isinstance(self.special_tokens, dict):
             raise ValueError(
@@ -100,7 +156,24 @@ class SimCTConfig(TrainingArguments):
         one_of("score", self.score, SCORES)
         one_of("candidates", self.candidates, CANDIDATES)
         one_of("alignment", self.alignment, ("bytes", "anchored"))
-        one_of("units", self.units, ("all", "single"))
+        one_of("units", self.units, ("all", "single", "merged"))
+        one_of("objective", self.objective, ("simct", "uld", "alm"))
+        one_of("packing", self.packing, ("auto", "on", "off"))
+        one_of("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        one_of("on_bad_row", self.on_bad_row, ("fail", "skip"))
+        one_of("rollout_dtype", self.rollout_dtype, (None, "float32", "bfloat16", "float16"))
+        for name in "on_policy_fraction", "merge_ratio", "mask_longer":
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a number in [0, 1]")
+        for name in "num_generations", "num_iterations", "eval_num_generations":
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ValueError(f"max_tokens_per_batch is {self.max_tokens_per_batch}: expected at least 1, or none")
+        if self.kv_cache_gb is not None and not self.kv_cache_gb > 0:
+            raise ValueError(f"kv_cache_gb is {self.kv_cache_gb}: expected a number above 0, or none")
+        if not self.max_logprob_gap > 0:
+            raise ValueError(f"max_logprob_gap is {self.max_logprob_gap}: expected a number above 0")
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta is {self.beta}: expected a number in [0, 1]")
         if not 0 < self.loss_temperature < float("inf"):
@@ -119,7 +192,8 @@ class SimCTConfig(TrainingArguments):
 
     def sampling(self, end_ids: tuple[int, ...], pad_id: int) -> Sampling:
         """How the rollouts are drawn."""
-        return Sampling(end_ids, pad_id, self.max_new_tokens, self.temperature, self.top_p)
+        stops = tuple(self.stop_strings or ())
+        return Sampling(end_ids, pad_id, self.max_new_tokens, self.temperature, self.top_p, stops)
 
     def loss_options(self) -> dict:
         """The keyword arguments of `simct_kernels.linear_simct_loss`."""

@@ -1,9 +1,12 @@
 """Packed prediction rows: the last hidden states that predict response tokens, with no language-model head applied.
 
-Row order is that of `simct_kernels.AlignedUnits`: response by response, token by token, without padding.
+Row order is that of `simct_kernels.AlignedUnits`: response by response, token by token, without padding. For the forward pass the
+sequences are laid out in one of two ways, with the same numbers: padded, one sequence a row; or packed, several sequences one
+after the other in a row, told apart by position ids that begin again at 0 (what transformers' attention masks and the
+variable-length flash attention read).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,56 +17,177 @@ from simct_kernels import LMHead
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """Prompts and responses as a right-padded batch, and where in it the prediction rows are."""
+    """Prompts and responses laid out as a batch, and where in it the prediction rows are."""
 
     input_ids: Tensor  # int64 [B, T]
-    attention_mask: Tensor  # int64 [B, T], 1 for tokens and 0 for padding
+    position_ids: (
+        Tensor  # int64 [B, T], begin again at 0 with each sequence; what fills a row up is a sequence of its own
+    )
     rows: Tensor  # int64 [N], positions in the flattened [B * T] batch whose hidden state predicts a response token
+    attention_mask: Tensor | None = (
+        None  # int64 [B, T], 1 for tokens and 0 for padding; None where sequences share rows
+    )
+    tokens: int = 0  # tokens that are no filling
 
     @classmethod
-    def build(cls, prompts: list[list[int]], responses: list[list[int]], pad_id: int = 0) -> "PackedSequences":
-        # Padding is masked and comes last, so that any id will do. The last response token predicts nothing that enters
-        # the loss: it is not fed.
-        sequences = [p + r[:-1] for p, r in zip(prompts, responses, strict=True)]
-        width = max(map(len, sequences))
-        input_ids = torch.full((len(sequences), width), pad_id)
-        attention_mask = torch.zeros_like(input_ids)
-        rows = []
-        for i, (prompt, response, sequence) in enumerate(zip(prompts, responses, sequences, strict=True)):
-            input_ids[i, : len(sequence)] = torch.tensor(sequence)
-            attention_mask[i, : len(sequence)] = 1
-            first = i * width + len(prompt) - 1
+    def build(
+        cls, prompts: list[list[int]], responses: list[list[int]], *, row_length: int | None = None
+    ) -> "PackedSequences":
+        """`row_length` None: one sequence a row, padded on the right. Otherwise sequences share rows of that many tokens (more, if
+        a sequence is longer), as few rows as first-fit finds.
+
+        Without any sequence the batch is one token that predicts nothing, so that a forward pass still has something to read."""
+        # The last response token predicts nothing that enters the loss: it is not fed. Filling comes last and is read by nobody.
+        sequences = [p + r[:-1] for p, r in zip(prompts, responses, strict=True)] or [[0]]
+        lengths = [len(sequence) for sequence in sequences]
+        width = max(lengths)
+        bins = [[i] for i in range(len(sequences))]
+        if row_length is not None:
+            width = max(width, min(row_length, sum(lengths)))
+            bins = first_fit(lengths, width)
+        width = max(sum(lengths[i] for i in row) for row in bins)
+        input_ids = torch.zeros(len(bins), width, dtype=torch.int64)
+        position_ids = torch.zeros_like(input_ids)
+        start_of = {}
+        for row, members in enumerate(bins):
+            offset = 0
+            for i in members:
+                start_of[i] = row * width + offset
+                input_ids[row, offset : offset + lengths[i]] = torch.tensor(sequences[i])
+                position_ids[row, offset : offset + lengths[i]] = torch.arange(lengths[i])
+                offset += lengths[i]
+            position_ids[row, offset:] = torch.arange(width - offset)
+        mask = None
+        if row_length is None:
+            mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+            position_ids = torch.arange(width).expand(len(bins), width).contiguous()
+        rows = [torch.empty(0, dtype=torch.int64)]
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            first = start_of[i] + len(prompt) - 1
             rows.append(torch.arange(first, first + len(response)))
-        return cls(input_ids, attention_mask, torch.cat(rows))
+        return cls(input_ids, position_ids, torch.cat(rows), mask, sum(lengths) if prompts else 0)
 
     def to(self, device: torch.device | str) -> "PackedSequences":
-        return PackedSequences(self.input_ids.to(device), self.attention_mask.to(device), self.rows.to(device))
+        mask = None if self.attention_mask is None else self.attention_mask.to(device)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            rows=self.rows.to(device),
+            attention_mask=mask,
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one model's sequences are laid out. `packed`: sequences share rows; `one_row`: all in one (variable-length flash
+    attention reads the boundaries of a single row; elsewhere attention within a row is quadratic, and rows are as long as the
+    longest sequence: never more work than padding)."""
+
+    packed: bool = False
+    one_row: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, packing: str = "auto") -> "Layout":
+        """`packing`: "off", "on", or "auto": on if this model gives the same hidden states for packed sequences as for each alone.
+
+        Raises ValueError for "on" with a model that does not (a state that runs through the whole row, learned positions, ...).
+        """
+        if packing == "off":
+            return cls()
+        one_row = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
+        layout, problem = cls(True, one_row), _packing_problem(model, cls(True, one_row))
+        if problem is None:
+            return layout
+        if packing == "on":
+            raise ValueError(f"packing is 'on', but {type(model).__name__} cannot read packed sequences ({problem})")
+        return cls()
+
+    def build(self, prompts: list[list[int]], responses: list[list[int]]) -> PackedSequences:
+        if not self.packed:
+            return PackedSequences.build(prompts, responses)
+        lengths = [len(p) + max(len(r) - 1, 0) for p, r in zip(prompts, responses, strict=True)]
+        row_length = sum(lengths) if self.one_row else max(lengths, default=1)
+        return PackedSequences.build(prompts, responses, row_length=max(row_length, 1))
+
+
+@torch.no_grad()
+def _packing_problem(model: nn.Module, layout: Layout) -> str | None:
+    """What is wrong with this model's hidden states of packed sequences; None if nothing is."""
+    prompts, responses = [[1, 2, 3], [4, 5]], [[6, 7, 8, 9], [3, 1]]
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        alone = [
+            response_hidden_states(model, PackedSequences.build([p], [r]).to(device))
+            for p, r in zip(prompts, responses, strict=True)
+        ]
+        row_length = None if not layout.packed else 11  # both sequences in one row, with room to fill
+        packed = response_hidden_states(
+            model, PackedSequences.build(prompts, responses, row_length=row_length).to(device)
+        )
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError) as error:
+        return str(error)
+    finally:
+        model.train(training)
+    alone = torch.cat(alone).float()
+    difference = float((packed.float() - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
+    tolerance = 1e-4 if packed.dtype == torch.float32 else 0.05
+    return None if difference <= tolerance else f"relative difference {difference:.2g} from sequences alone"
+
+
+def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `sizes` in bins of at most `capacity` (more only for one that is larger alone): first-fit decreasing. Inside a bin
+    they are in order, and bins are in the order of their first member."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        for b, free in enumerate(room):
+            if sizes[i] <= free:
+                bins[b].append(i)
+                room[b] -= sizes[i]
+                break
+        else:
+            bins.append([i])
+            room.append(capacity - sizes[i])
+    return sorted(sorted(members) for members in bins)
 
 
 def response_hidden_states(model: nn.Module, sequences: PackedSequences) -> Tensor:
     """The hidden rows [N, H] that predict the response tokens. Runs the decoder only; its head is never applied."""
+    positions = {}
+    if sequences.attention_mask is None:  # else the model's own: some count from the mask, some know no positions
+        positions["position_ids"] = sequences.position_ids
     output = model.get_decoder()(
-        input_ids=sequences.input_ids, attention_mask=sequences.attention_mask, use_cache=False, return_dict=True
+        input_ids=sequences.input_ids,
+        attention_mask=sequences.attention_mask,
+        use_cache=False,
+        return_dict=True,
+        **positions,
     )
     return output.last_hidden_state.flatten(0, 1)[sequences.rows]
 
 
 def forward_through(wrapper: nn.Module, module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
-    """Runs `compute` inside `wrapper`'s forward (DistributedDataParallel and FSDP prepare their gradient hooks there), although
-    it calls parts of `module` and not `module` itself."""
-    if wrapper is module:
-        return compute()
-    original = module.forward
+    """Runs `compute` inside `wrapper`'s forward (DistributedDataParallel and FSDP prepare their gradient hooks there, and FSDP
+    gathers the parameters of the head), although it calls parts of `module` and not `module` itself."""
+    original = module.__dict__.get("forward")
 
     def once(*args, **kwargs):
-        module.forward = original
+        restore()
         return compute()
+
+    def restore():
+        if original is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = original
 
     module.forward = once
     try:
         return wrapper()
     finally:
-        module.forward = original
+        restore()
 
 
 def under_autocast(hidden: Tensor, head: LMHead, dtype: torch.dtype) -> tuple[Tensor, LMHead]:

@@ -75,17 +75,23 @@ def prompt_of(record: dict[str, Any]) -> Prompt:
     return prompt
 
 
-def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_format: str = "auto") -> list[int]:
+def render_prompt(
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: str = "auto",
+    template_options: dict[str, Any] | None = None,
+) -> list[int]:
     """The token ids of a prompt as one model wants to read it, ready for the first token of the response.
 
     "chat" applies the tokenizer's own template (a string is one user message); "text" encodes the plain text (of messages: their
     contents, a line break between them); "auto" is "chat" where the tokenizer has a template and "text" where it has none.
+    `template_options` reach the template (`{"enable_thinking": False}`, say).
     Never empty: a plain text that encodes to nothing starts with the beginning-of-text (or end-of-text) token.
 
     Raises ValueError for an unknown format, a missing template, or a prompt that the template or the tokenizer refuses.
     """
     try:
-        return _render(prompt, tokenizer, prompt_format)
+        return _render(prompt, tokenizer, prompt_format, template_options or {})
     except (
         jinja2.TemplateError,
         TypeError,
@@ -96,14 +102,19 @@ def render_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_for
         ) from error
 
 
-def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> list[int]:
+def _render(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_format: str, template_options: dict[str, Any]
+) -> list[int]:
     if prompt_format not in PROMPT_FORMATS:
         raise ValueError(f"prompt_format is {prompt_format!r}: expected one of {', '.join(PROMPT_FORMATS)}")
     if prompt_format == "chat" and not tokenizer.chat_template:
         raise ValueError(f"prompt_format is 'chat', but the tokenizer {tokenizer.name_or_path!r} has no chat template")
     if prompt_format != "text" and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+        rendered = tokenizer.apply_chat_template(
+            messages, **{"add_generation_prompt": True, "return_dict": True, **template_options}
+        )
+        return list(rendered["input_ids"])
     text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n"
     ids = list(tokenizer(text)["input_ids"])
     if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text; a response must follow here
@@ -119,3 +130,16 @@ def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, prompt_format: s
 def _short(value: Any, limit: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def reference_answer(record: dict[str, Any]) -> str | None:
+    """The record's own answer: `completion`, or the last assistant turn of `messages`; None if it has none."""
+    completion = record.get("completion")
+    if isinstance(completion, str) and completion:
+        return completion
+    messages = record.get("messages")
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        last = messages[-1]
+        if last.get("role") == "assistant" and isinstance(last.get("content"), str) and last["content"]:
+            return last["content"]
+    return None

@@ -5,10 +5,11 @@ An engine knows a model and its sampling settings; it knows no tokenizer, no tea
 `StaticBatching` (plain `generate` on left-padded batches, for models or devices that the first does not serve).
 """
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -19,7 +20,7 @@ try:
 except ImportError:  # early 5.x: its continuous batching has another interface, static batches serve
     ContinuousBatchingConfig = None
 
-ENGINES = ("auto", "continuous", "static")
+ENGINES = ("auto", "continuous", "static", "vllm", "vllm-server")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,20 @@ class Sampling:
         return Response(list(token_ids), "length")
 
 
+def cut_at_stop_string(response: Response, pieces: Sequence[bytes | None], stop_strings: Sequence[str]) -> Response:
+    """The response up to the token that completes a stop string, if one does. `pieces`: the bytes of each of its tokens."""
+    stops = [stop.encode() for stop in stop_strings]
+    text = b""
+    for position, piece in enumerate(pieces):
+        new = piece or b""
+        # A stop string that ends in this token began at most its own length before it.
+        if any(stop in text[max(0, len(text) - len(stop) + 1) :] + new for stop in stops):
+            logprobs = None if response.logprobs is None else response.logprobs[: position + 1]
+            return Response(response.token_ids[: position + 1], "stop_string", logprobs)
+        text += new
+    return response
+
+
 class RolloutEngine(Protocol):
     def generate(self, prompts: list[list[int]], sampling: Sampling, *, seed: int) -> list[Response]:
         """One response to each prompt (token ids, at least one each), in order. The same arguments and weights give the same
@@ -89,10 +104,11 @@ class RolloutEngine(Protocol):
 
 
 class StaticBatching:
-    """`model.generate` on left-padded batches of at most `batch_size` prompts of like length."""
+    """`model.generate` on left-padded batches of at most `batch_size` prompts of like length. With the model's tokenizer it also
+    stops at stop strings (else responses run on, and are cut later)."""
 
-    def __init__(self, model: PreTrainedModel, batch_size: int = 64) -> None:
-        self.model, self.batch_size = model, batch_size
+    def __init__(self, model: PreTrainedModel, batch_size: int = 64, tokenizer=None) -> None:
+        self.model, self.batch_size, self.tokenizer = model, batch_size, tokenizer
 
     def update_weights(self, model: PreTrainedModel) -> None:
         """The model is the student itself."""
@@ -100,6 +116,9 @@ class StaticBatching:
     def generate(self, prompts: list[list[int]], sampling: Sampling, *, seed: int) -> list[Response]:
         responses: list[Response | None] = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        stops = {}
+        if sampling.stop_strings and self.tokenizer is not None:
+            stops = {"stop_strings": list(sampling.stop_strings), "tokenizer": self.tokenizer}
         with sampling_mode(self.model, seed), own_defaults_off(self.model):
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
@@ -113,6 +132,7 @@ class StaticBatching:
                     ids.to(self.model.device),
                     attention_mask=mask.to(self.model.device),
                     generation_config=sampling.generation_config(),
+                    **stops,
                 )
                 for row, i in enumerate(chosen):
                     responses[i] = sampling.response(output[row, width:].tolist())
@@ -120,10 +140,17 @@ class StaticBatching:
 
 
 class ContinuousBatching:
-    """transformers' continuous batching. `page_size`: tokens of a cache page."""
+    """transformers' continuous batching.
 
-    def __init__(self, model: PreTrainedModel, page_size: int = 64) -> None:
-        self.model, self.page_size = model, page_size
+    Args:
+        page_size: tokens of a cache page.
+        kv_cache_gb: 10^9 bytes for keys and values, kept with the manager from one call to the next; None: as much as one call can
+            get (of the free device memory; on a CPU as much as it needs), given back after it.
+    """
+
+    def __init__(self, model: PreTrainedModel, page_size: int = 64, kv_cache_gb: float | None = None) -> None:
+        self.model, self.page_size, self.kv_cache_gb = model, page_size, kv_cache_gb
+        self._kept_for: Sampling | None = None
 
     def update_weights(self, model: PreTrainedModel) -> None:
         """The model is the student itself."""
@@ -131,6 +158,10 @@ class ContinuousBatching:
     def generate(self, prompts: list[list[int]], sampling: Sampling, *, seed: int) -> list[Response]:
         if not prompts:
             return []
+        keep = self.kv_cache_gb is not None
+        if self._kept_for not in (None, sampling):  # a kept manager samples as it was made
+            self.model.destroy_cached_continuous_batching_manager()
+            self._kept_for = None
         with sampling_mode(self.model, seed), without_autocast(self.model), torch.no_grad():
             manager = self.model.init_continuous_batching(
                 generation_config=sampling.generation_config(),
@@ -148,7 +179,8 @@ class ContinuousBatching:
                     if result is not None and result.is_finished():
                         results[result.request_id] = result
             finally:
-                manager.stop(block=True)
+                manager.stop(block=True, keep_for_next_session=keep)
+        self._kept_for = sampling if keep else None
         failed = [
             f"prompt {i}: {results[r].error if r in results else 'no answer'}"
             for i, r in enumerate(request_ids)
@@ -156,17 +188,52 @@ class ContinuousBatching:
         ]
         if failed:
             raise RuntimeError(f"{len(failed)} of {len(prompts)} rollouts failed, the first: {failed[0]}")
-        return [sampling.response(results[r].generated_tokens) for r in request_ids]
+        responses = []
+        plain = (
+            sampling.temperature == 1.0 and sampling.top_p == 1.0
+        )  # else the log-probabilities are of what it sampled from
+        for r in request_ids:
+            response = sampling.response(results[r].generated_tokens)
+            logprobs = list(getattr(results[r], "logprobs", None) or [])[: len(response.token_ids)]
+            if plain and len(logprobs) == len(response.token_ids):
+                response = replace(response, logprobs=logprobs)
+            responses.append(response)
+        return responses
 
     def _cache_config(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> ContinuousBatchingConfig:
+        options = {}
+        if self.kv_cache_gb is not None:
+            # Kept pages hold keys of older weights: none may be found again by its prompt.
+            options = {"num_blocks": self._pages(self.kv_cache_gb), "allow_block_sharing": False}
         if self.model.device.type != "cpu":
             # The cache is sized by the free device memory. Flash attention has no float32 kernels.
-            return ContinuousBatchingConfig(seed=seed, auto_switch_to_flash=self.model.dtype != torch.float32)
+            flash = self.model.dtype != torch.float32
+            return ContinuousBatchingConfig(
+                seed=seed, page_size=self.page_size, auto_switch_to_flash=flash, return_logprobs=True, **options
+            )
         pages = sum(-(-(len(p) + sampling.max_new_tokens) // self.page_size) + 1 for p in prompts)
         prompt_tokens = max(256, max(map(len, prompts)))
         return ContinuousBatchingConfig(
-            seed=seed, page_size=self.page_size, num_blocks=pages, max_batch_tokens=prompt_tokens, use_cuda_graph=False
+            seed=seed,
+            page_size=self.page_size,
+            max_batch_tokens=prompt_tokens,
+            use_cuda_graph=False,
+            return_logprobs=True,
+            **{"num_blocks": pages, **options},
         )
+
+    def _pages(self, gigabytes: float) -> int:
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        bytes_a_token = 2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize
+        pages = int(gigabytes * 1e9 / (bytes_a_token * self.page_size))
+        if pages < 2:
+            raise ValueError(
+                f"kv_cache_gb is {gigabytes}: expected room for two pages of {self.page_size} tokens, "
+                f"{2 * bytes_a_token * self.page_size / 1e9:.3f}"
+            )
+        return pages
 
 
 @contextmanager
@@ -210,27 +277,58 @@ def without_autocast(model: PreTrainedModel) -> Iterator[None]:
         model.forward = wrapped
 
 
-def make_engine(model: PreTrainedModel, engine: str = "auto") -> RolloutEngine:
-    """The engine of that name. "auto": on an accelerator continuous batching if the model takes a two-token test of it, else
-    static batches; on a CPU static batches, the faster of the two there.
+class CopiedStudent:
+    """Samples from a copy of the student in another precision, whole on this device also where the student is sharded.
+
+    Parameters that are frozen and have that precision already are shared with the student, not copied.
+    """
+
+    def __init__(self, student: PreTrainedModel, dtype: torch.dtype, make) -> None:
+        """`make`: the engine for the copy, a function of a model."""
+        memo = {}
+        for parameter in student.parameters():
+            if not parameter.is_floating_point() or (not parameter.requires_grad and parameter.dtype == dtype):
+                memo[id(parameter)] = parameter
+            else:
+                memo[id(parameter)] = torch.nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+        self.model = copy.deepcopy(student, memo).eval()
+        self.engine: RolloutEngine = make(self.model)
+
+    @torch.no_grad()
+    def update_weights(self, model: PreTrainedModel) -> None:
+        own = dict(self.model.named_parameters())
+        for name, parameter in model.named_parameters():
+            if parameter is not own[name]:
+                whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+                own[name].copy_(whole)
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, *, seed: int) -> list[Response]:
+        return self.engine.generate(prompts, sampling, seed=seed)
+
+
+def make_engine(
+    model: PreTrainedModel, engine: str = "auto", *, tokenizer=None, kv_cache_gb: float | None = None
+) -> RolloutEngine:
+    """The engine of that name, inside this process and with the model's own weights. "auto": on an accelerator continuous batching
+    if the model takes a two-token test of it, else static batches; on a CPU static batches, the faster of the two there.
 
     Raises ValueError for an unknown name, or for "continuous" with a model that transformers cannot serve so.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"rollout_engine is {engine!r}: expected one of {', '.join(ENGINES)}")
+    if engine not in ("auto", "continuous", "static"):
+        raise ValueError(f"rollout_engine is {engine!r}: expected one of auto, continuous, static")
     if hasattr(model, "get_base_model"):  # PEFT: the adapters are inside the base model's layers
         model = model.get_base_model()
     if engine == "static" or (engine == "auto" and model.device.type == "cpu"):
-        return StaticBatching(model)
+        return StaticBatching(model, tokenizer=tokenizer)
     problem = "this transformers is too old for it"
     if ContinuousBatchingConfig is not None:
         try:
             ContinuousBatching(model).generate([[0, 1]], Sampling(end_ids=(0,), pad_id=0, max_new_tokens=2), seed=0)
-            return ContinuousBatching(model)
+            return ContinuousBatching(model, kv_cache_gb=kv_cache_gb)
         except Exception as error:  # each architecture fails in its own way
             problem = str(error)
     message = f"{type(model).__name__} cannot be sampled from by continuous batching ({problem})"
     if engine == "continuous":
         raise ValueError(f"rollout_engine is 'continuous', but {message}: expected 'static'")
     warnings.warn(f"{message}; using static batches", stacklevel=2)
-    return StaticBatching(model)
+    return StaticBatching(model, tokenizer=tokenizer)

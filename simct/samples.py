@@ -1,6 +1,7 @@
 """Sampled responses with the teacher's spelling of them, and the log-probability ratio of whole texts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -9,22 +10,48 @@ from simct.rollout import Response
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Sampled responses and the same texts in the teacher's tokens; lists of token ids, one per prompt."""
+class Sample:
+    """One response to one prompt, in the student's tokens and in its teacher's."""
 
-    student_prompts: list[list[int]]
-    teacher_prompts: list[list[int]]
-    responses: list[Response]
-    teacher_responses: list[list[int]]
+    student_prompt: list[int]
+    teacher_prompt: list[int]
+    response: Response
+    teacher_response: list[int]
+    teacher: str = ""  # the name of the teacher that scores it
+    on_policy: bool = True  # False: an answer from the data
+    record: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def student_length(self) -> int:
+        """Tokens of the student's forward pass (the last response token is not fed)."""
+        return len(self.student_prompt) + len(self.response.token_ids) - 1
+
+
+class Samples(list[Sample]):
+    """Samples of one batch; each column as a list."""
+
+    @property
+    def student_prompts(self) -> list[list[int]]:
+        return [sample.student_prompt for sample in self]
+
+    @property
+    def teacher_prompts(self) -> list[list[int]]:
+        return [sample.teacher_prompt for sample in self]
+
+    @property
+    def responses(self) -> list[Response]:
+        return [sample.response for sample in self]
 
     @property
     def student_responses(self) -> list[list[int]]:
-        return [response.token_ids for response in self.responses]
+        return [sample.response.token_ids for sample in self]
 
-    def __getitem__(self, part: slice) -> "Samples":
-        return Samples(
-            self.student_prompts[part], self.teacher_prompts[part], self.responses[part], self.teacher_responses[part]
-        )
+    @property
+    def teacher_responses(self) -> list[list[int]]:
+        return [sample.teacher_response for sample in self]
+
+    def pick(self, indices: list[int]) -> "Samples":
+        return Samples(self[i] for i in indices)
 
 
 def log_ratios(

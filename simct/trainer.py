@@ -1,14 +1,19 @@
 """`SimCTTrainer`: cross-tokenizer on-policy distillation on `transformers.Trainer`.
 
-One optimiser step: the student samples a response to each prompt of the accumulated batch; the teacher's tokenizer spells the same
-text; the two are aligned by bytes; both models run over their own tokens, up to their last hidden states; the fused loss compares
-them and makes the gradient. Everything else (optimiser, schedule, checkpoints, logging, callbacks) is the Trainer's.
+One optimiser step: the student samples responses to the prompts of the accumulated batch; the teacher's tokenizer spells the same
+texts; the teacher runs over them once, while the two token sequences are aligned by bytes; then the student runs over them in
+micro-batches, and the fused loss compares both models' last hidden states and makes the gradient. Everything else (optimiser,
+schedule, checkpoints, logging, callbacks) is the Trainer's.
 """
 
+import contextlib
+import gc
 import itertools
-import time
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,25 +21,24 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
-from simct.checks import (
-    check_datasets,
-    check_disk_space,
-    check_head,
-    check_records,
-    check_vocabulary,
-    check_writable,
-    context_length,
-)
+from simct import checks, evaluation
+from simct.checkpoints import load_responses, newest_complete, save_responses
+from simct.collector import Collector, Scorer, generator, numbered_seed
 from simct.config import SimCTConfig
-from simct.hidden import PackedSequences, forward_through, response_hidden_states, under_autocast
-from simct.loading import load_model, load_tokenizer
-from simct.metrics import PhaseTimer, Ratios, peak_memory_gb, ratio_with_standard_error
-from simct.pair import Alignment, TokenizerPair
-from simct.prompts import prompt_of, render_prompt
-from simct.rollout import Sampling, make_engine
-from simct.samples import Samples, log_ratios
+from simct.engines import build_engine
+from simct.faults import is_out_of_memory, report_nonfinite
+from simct.hidden import Layout, PackedSequences, forward_through, response_hidden_states, under_autocast
+from simct.loading import Teacher, load_model, load_teachers, load_tokenizer, with_adapter
+from simct.micro_batches import MicroBatch, empty, split
+from simct.objectives import supervised_units, unit_loss
+from simct.pair import TokenizerPair
+from simct.recorder import Recorder
+from simct.renderer import Renderer
+from simct.rollout import Response, Sampling
+from simct.sampler import RepeatedBatches
+from simct.samples import Samples
 from simct.teacher import LocalTeacher
-from simct_kernels import AlignedUnits, LMHead, candidate_mass, linear_simct_loss, token_statistics
+from simct_kernels import LMHead
 from simct_kernels.backends import choose as choose_backend
 
 
@@ -43,11 +47,13 @@ class SimCTTrainer(Trainer):
 
     Args:
         model: the student, a path or hub name, or a causal language model.
-        teacher: a path or hub name, a causal language model, or a `LocalTeacher`.
+        teacher: a path or hub name, a causal language model, or a `LocalTeacher`; or several of them by name, of which a record's
+            `teacher` column picks the one that scores it.
         args: `SimCTConfig`.
         train_dataset, eval_dataset: records with a `prompt` (string or messages) or `messages`; a list of dicts or a
-            `datasets.Dataset`.
-        processing_class, teacher_processing_class: the tokenizers; loaded from the models' own names if not given.
+            `datasets.Dataset`. To train on, a data set may be iterable (streamed): then `max_steps` says how long.
+        processing_class, teacher_processing_class: the tokenizers; loaded from the models' own names if not given. With several
+            teachers: by name.
         peft_config: a PEFT configuration that the student is wrapped in.
 
     Raises:
@@ -60,22 +66,17 @@ class SimCTTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        teacher: str | PreTrainedModel | LocalTeacher,
+        teacher: Teacher | dict[str, Teacher],
         args: SimCTConfig | None = None,
         train_dataset=None,
         eval_dataset=None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | dict[str, PreTrainedTokenizerBase] | None = None,
         peft_config=None,
         **kwargs,
     ) -> None:
         args = args if args is not None else SimCTConfig()
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process: expected one process for each (torchrun, accelerate launch)"
-            )
-        check_datasets(train_dataset, eval_dataset)
-        check_writable(args.output_dir)
+        checks.check_run(args, train_dataset, eval_dataset)
         choose_backend(args.backend, args.device.type)
         set_seed(args.seed)  # before an adapter is initialised
 
@@ -83,39 +84,22 @@ class SimCTTrainer(Trainer):
         options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
         model = load_model(model, "student", **options)
         processing_class = load_tokenizer(processing_class, model, "student", **options)
-        if not isinstance(teacher, LocalTeacher):
-            dtype = torch.float32 if args.device.type == "cpu" else torch.bfloat16
-            options = {"dtype": dtype, **(args.teacher_model_init_kwargs or {})}
-            teacher = load_model(teacher, "teacher", **options)
-            if teacher is model:
-                raise ValueError("teacher is the student's own model object: it would be frozen, load it twice")
-            teacher = LocalTeacher(teacher, load_tokenizer(teacher_processing_class, teacher, "teacher", **options))
-        check_vocabulary(model, processing_class, "student")
-        self.teacher = teacher
-        self.pair = TokenizerPair(
-            processing_class,
-            teacher.tokenizer,
-            args.special_tokens,
-            alignment=args.alignment,
-            student_generation_config=model.generation_config,
-            teacher_generation_config=teacher.model.generation_config,
-            student_vocabulary_size=model.get_output_embeddings().weight.shape[0],
-            chat=args.prompt_format != "text",
-        )
+        checks.check_vocabulary(model, processing_class, "student")
+        teachers = load_teachers(teacher, teacher_processing_class, args, student=model)
+        render = Renderer(processing_class, args.prompt_format, args.chat_template_kwargs or {})
+        render.check("student")
+        scorers = {name: self._scorer(found, model, render, args) for name, found in teachers.items()}
         if peft_config is not None:
-            from peft import get_peft_model
-
-            if peft_config.is_prompt_learning:
-                raise ValueError(
-                    f"peft_config is {type(peft_config).__name__}: expected an adapter in the layers, such as LoRA"
-                )
-            model = get_peft_model(model, peft_config)
-        check_head(model, "student")
-        check_disk_space(args, model)
-        sides = {"student": (model, processing_class), "teacher": (teacher.model, teacher.tokenizer)}
-        check_records("train_dataset", train_dataset, sides, args)
-        for part in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
-            check_records("eval_dataset", part, sides, args)
+            model = with_adapter(model, peft_config)
+        checks.check_head(model, "student")
+        checks.check_disk_space(args, model)
+        self.skipped_records: dict[str, int] = {}
+        train_dataset = self._usable("train_dataset", train_dataset, model, render, scorers, args)
+        if isinstance(eval_dataset, dict):
+            for name, part in eval_dataset.items():
+                eval_dataset[name] = self._usable(f"eval_dataset {name}", part, model, render, scorers, args)
+        else:
+            eval_dataset = self._usable("eval_dataset", eval_dataset, model, render, scorers, args)
 
         super().__init__(
             model=model,
@@ -128,71 +112,186 @@ class SimCTTrainer(Trainer):
         )
         # On early 5.x, which does not know `loss_is_scaled_for_ga`, this with our token count says the same.
         self.model_accepts_loss_kwargs = True
-        self.teacher.model.to(self.args.device)
-        self.shared = self.pair.shared.to(self.args.device)
-        self.engine = make_engine(self.accelerator.unwrap_model(self.model), args.rollout_engine)
+        student = self.accelerator.unwrap_model(self.model)
+        self.layout = Layout.of(student, args.packing)
+        for found in teachers.values():
+            found.place(args.device, packing=args.packing, offload=args.offload_teacher)
+        self.scorers = {name: replace(s, shared=s.shared.to(args.device)) for name, s in scorers.items()}
+        self.default_teacher, first = next(iter(self.scorers.items()))
+        self.teacher, self.pair, self.shared = first.teacher, first.pair, first.shared
+        self.recorder = Recorder(args, self.accelerator)
+        self.phase, self.ratios = self.recorder.phase, self.recorder.ratios
         self.sampling = args.sampling(self.pair.student_end_ids, pad_id=processing_class.pad_token_id or 0)
-        self.ratios = Ratios()
-        self.phase = PhaseTimer(self.args.device)
-        self.add_callback(StartOfWindow(self))
+        self.engine = build_engine(args, student, processing_class, sharded=self.is_fsdp_enabled)
+        self.collector = Collector(self.engine, processing_class, render, self.scorers, args, self.phase)
+        self.student_prompt = render
+        self._aligner = ThreadPoolExecutor(1, thread_name_prefix="simct-align")
+        # The batch of rollouts in use: its records, its inputs, and for how many steps it was used.
+        self._records, self._inputs, self._tokens, self._used = None, [], None, 0
+        self._responses: list[Response] = []
+        self._resumed = None  # responses that a checkpoint was in the middle of
+        self._skip_step, self._in_forward = False, False
+        self.add_callback(AroundSteps(self))
 
-    # ---- Rollouts: once per optimiser step, for all its micro-batches together ----
+    def _scorer(self, teacher: LocalTeacher, student, student_render: Renderer, args: SimCTConfig) -> Scorer:
+        pair = TokenizerPair(
+            student_render.tokenizer,
+            teacher.tokenizer,
+            args.special_tokens,
+            alignment=args.alignment,
+            student_generation_config=student.generation_config,
+            teacher_generation_config=teacher.model.generation_config,
+            student_vocabulary_size=student.get_output_embeddings().weight.shape[0],
+            chat=args.prompt_format != "text",
+        )
+        options = args.teacher_chat_template_kwargs or args.chat_template_kwargs or {}
+        render = Renderer(teacher.tokenizer, args.prompt_format, options, args.teacher_system_prompt, context=True)
+        render.check("teacher")
+        return Scorer(teacher, pair, pair.shared, render)
+
+    def _usable(self, name: str, dataset, model, render: Renderer, scorers: dict[str, Scorer], args: SimCTConfig):
+        dataset, skipped = checks.usable_records(name, dataset, model, render, scorers, args)
+        if skipped:
+            self.skipped_records[name] = skipped
+        return dataset
+
+    # ---- Rollouts: once per optimiser step (or every `num_iterations`), for all its micro-batches together ----
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if self.args.num_iterations == 1:
+            return sampler
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return RepeatedBatches(sampler, size, self.args.num_iterations)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict], Tensor | None]:
-        """Samples responses to the next `num_batches` batches of prompts. Returns the micro-batches and, over all
+        """Responses to the next `num_batches` batches of prompts, scored by their teachers. Returns the micro-batches and, over all
         processes, the number of response tokens that normalises their loss."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
-        records = list(itertools.chain.from_iterable(batches))
-        # A function of the step alone, so that a resumed run draws what an uninterrupted one would have drawn.
-        seed = self._seed(self.state.global_step + 1)
-        samples = self._sample(records, self.sampling, seed)
-        ends = itertools.accumulate(map(len, batches))
-        micro_batches = [
-            self._micro_batch(samples[end - len(batch) : end]) for batch, end in zip(batches, ends, strict=True)
-        ]
-        tokens = torch.tensor(sum(map(len, samples.student_responses)), device=device)
-        return micro_batches, self.accelerator.reduce(tokens, "sum")
+        if batches != self._records or self._used == self.args.num_iterations:
+            self._roll_out(batches)
+        self._used += 1
+        return list(self._inputs), self._tokens
 
-    def _seed(self, step: int) -> int:
-        """One for each run's seed, step and process."""
-        return (self.args.seed * 1_000_003 + step) * 8_191 + self.args.process_index
-
-    def _sample(self, records: list[dict[str, Any]], sampling: Sampling, seed: int) -> Samples:
-        prompts = [prompt_of(record) for record in records]
-        student_prompts, teacher_prompts = (
-            [render_prompt(prompt, tokenizer, self.args.prompt_format) for prompt in prompts]
-            for tokenizer in (self.processing_class, self.teacher.tokenizer)
-        )
-        with self.phase("rollout"), self.accelerator.autocast():
-            responses = self.engine.generate(student_prompts, sampling, seed=seed)
-        with self.phase("align"):
-            teacher_responses = self.pair.encode_teacher([response.token_ids for response in responses])
-            limit = context_length(self.teacher.model)
-            if limit < float("inf"):  # what does not fit the teacher's context is unsupervised, and counted so
-                pairs = zip(teacher_prompts, teacher_responses, strict=True)
-                teacher_responses = [response[: limit - len(prompt) + 1] for prompt, response in pairs]
-        return Samples(student_prompts, teacher_prompts, responses, teacher_responses)
-
-    def _micro_batch(self, samples: Samples) -> dict[str, Any]:
-        with self.phase("align"):
-            alignment = self.pair.align_batch(
-                samples.student_responses, samples.teacher_responses, disjoint=self.args.candidates == "disjoint"
+    def _roll_out(self, batches: list[list[dict[str, Any]]]) -> None:
+        responses, used = self._resumed if self._resumed is not None else (None, 0)
+        self._resumed = None
+        times = self.args.num_generations
+        records = [record for batch in batches for record in batch for _ in range(times)]
+        seed = numbered_seed(self.args.seed, self.state.global_step + 1 - used, self.args.process_index)
+        if responses is None:
+            self._update_engine()
+        with self.accelerator.autocast():
+            samples = self.collector.collect(
+                records, self.sampling, seed, on_policy_fraction=self.args.on_policy_fraction, responses=responses
             )
-            packed = PackedSequences.build(samples.student_prompts, samples.student_responses)
+        self._responses = samples.responses
+        ends = itertools.accumulate(len(batch) * times for batch in batches)
+        parts = [
+            split(
+                samples.pick(list(range(end - len(batch) * times, end))),
+                self.layout,
+                self.args.max_tokens_per_batch,
+                self.default_teacher,
+            )
+            for batch, end in zip(batches, ends, strict=True)
+        ]
+        if self.accelerator.num_processes > 1:  # every process goes through the model as often
+            counts = gather_object([[len(part) for part in parts]])
+            for i, part in enumerate(parts):
+                part += [empty(self.layout, self.default_teacher)] * (max(c[i] for c in counts) - len(part))
+        self._score([part for found in parts for part in found])
+        for part in (part for found in parts for part in found):
+            self.recorder.responses(part, self.scorers[part.teacher].pair)
+        tokens = torch.tensor(sum(map(len, samples.student_responses)), device=self.args.device)
+        self._tokens = self.accelerator.reduce(tokens, "sum")
         # `input_ids` by that name: the Trainer counts tokens and floating-point operations with it.
-        return {"input_ids": packed.input_ids, "packed": packed, "alignment": alignment, "samples": samples}
+        self._inputs = [
+            {"input_ids": torch.cat([part.packed.input_ids.flatten() for part in found])[None], "parts": found}
+            for found in parts
+        ]
+        self._records, self._used = batches, used
+
+    def _update_engine(self) -> None:
+        with self.phase("rollout"):
+            self.engine.update_weights(self.accelerator.unwrap_model(self.model))
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Response]:
+        """Responses of the student as it is now, to prompts in its token ids."""
+        self._update_engine()
+        with self.accelerator.autocast():
+            return self.collector.generate(prompts, sampling, seed)
+
+    def _score(self, parts: list[MicroBatch]) -> None:
+        """The teachers' hidden rows of each part, and its alignment, made while the teacher runs."""
+        for name, scorer in self.scorers.items():
+            own = [part for part in parts if part.teacher == name]
+            if not own:
+                continue
+            with self.phase("teacher"), scorer.teacher.on_device():
+                for part in own:
+                    alignment = self._aligner.submit(self._align, part, scorer.pair)
+                    part.teacher_hidden = scorer.teacher.hidden_states(
+                        part.samples.teacher_prompts, part.samples.teacher_responses
+                    )
+                    with self.phase("align"):  # what is left to wait for
+                        part.alignment = alignment.result()
+
+    def _align(self, part: MicroBatch, pair: TokenizerPair):
+        disjoint = self.args.candidates == "disjoint"
+        samples = part.samples
+        alignment = pair.align_batch(samples.student_responses, samples.teacher_responses, disjoint=disjoint)
+        seed = numbered_seed(self.args.seed, self.state.global_step + 1, self.args.process_index)
+        return supervised_units(alignment, self.args, list(map(len, samples.student_responses)), generator(seed))
 
     # ---- The loss ----
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
+        """Forward and backward of one batch, a micro-batch at a time. Returns the batch's loss."""
+        parts: list[MicroBatch] = inputs["parts"]
+        total = torch.zeros((), device=self.args.device)
         with self.phase("student"):
-            return super().training_step(model, inputs, num_items_in_batch)
+            for i, part in enumerate(parts):
+                total += self._part_step(model, part, num_items_in_batch, last=i == len(parts) - 1)
+        return total
+
+    def _part_step(self, model: nn.Module, part: MicroBatch, tokens: Tensor | None, last: bool) -> Tensor:
+        try:
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                return super().training_step(model, {"part": part}, tokens)
+        except Exception as error:
+            # In the backward pass some gradients are already added up: it cannot be done again.
+            if not is_out_of_memory(error) or not self._in_forward or self.is_fsdp_enabled or len(part.samples) < 2:
+                raise
+            message = str(error)
+        # Outside of the handler: the error holds on to what was allocated.
+        gc.collect()
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        most = part.packed.input_ids.numel()
+        warnings.warn(f"out of memory with {most} tokens at once: once more in halves ({message})", stacklevel=2)
+        halves = part.halves(self.layout)
+        self._score(halves)
+        try:
+            total = torch.zeros((), device=self.args.device)
+            for i, half in enumerate(halves):
+                with contextlib.nullcontext() if last and i else self.accelerator.no_sync(model):
+                    total += super().training_step(model, {"part": half}, tokens)
+            return total
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RuntimeError(
+                f"out of memory with {most} tokens in a forward pass, and with half of them: set max_tokens_per_batch to "
+                f"{max(1, most // 4)} or less (longest sequence here: {max(s.student_length for s in part.samples)}), "
+                "gradient_checkpointing=True or offload_teacher=True"
+            ) from error
 
     def compute_loss(
         self,
@@ -201,42 +300,34 @@ class SimCTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ):
-        samples = inputs["samples"]
-        with self.phase("teacher"):
-            teacher_hidden = self.teacher.hidden_states(samples.teacher_prompts, samples.teacher_responses)
+        part: MicroBatch = inputs["part"]
         student = self.accelerator.unwrap_model(model)
-        loss = forward_through(model, student, lambda: self._student_loss(student, inputs, teacher_hidden))
+        self._in_forward = True
+        loss = forward_through(model, student, lambda: self._student_loss(student, part))
+        self._in_forward = False
         if num_items_in_batch is None:  # called outside the training loop
-            num_items_in_batch = torch.tensor(len(inputs["alignment"].student_tokens))
+            num_items_in_batch = torch.tensor(len(part.alignment.student_tokens))
         # Data parallelism averages gradients over the processes; the loss is a sum over the global batch divided by its tokens.
         loss = loss * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         return (loss, None) if return_outputs else loss
 
-    def _student_loss(self, student: nn.Module, inputs: dict[str, Any], teacher_hidden: Tensor) -> Tensor:
-        device = self.args.device
-        student_hidden, head = self._student_rows(student, inputs["packed"])
-        alignment: Alignment = inputs["alignment"]
-        if self.args.units == "single":
-            alignment = alignment.single()
-        units = alignment.to(device)
+    def _student_loss(self, student: nn.Module, part: MicroBatch) -> Tensor:
+        student_hidden, head = self.student_rows(student, part.packed)
+        scorer, units = self.scorers[part.teacher], part.alignment.to(self.args.device)
+        ours, theirs = (student_hidden, head), (part.teacher_hidden, scorer.teacher.head)
         with self.phase("loss"):
-            loss, unit_losses = linear_simct_loss(
-                student_hidden,
-                head,
-                teacher_hidden,
-                self.teacher.head,
-                units,
-                self.shared,
-                **self.args.loss_options(),
-                return_unit_losses=True,
-            )
-        self._record_units(inputs["samples"], inputs["packed"], alignment, unit_losses.cpu())
-        if self._logs_this_step():
+            loss, unit_losses = unit_loss(ours, theirs, units, scorer.shared, self.args)
+        unit_losses = unit_losses.cpu()
+        if not torch.isfinite(loss):
+            return self._nonfinite(loss, part, unit_losses)
+        self.recorder.units(part, part.alignment, unit_losses)
+        if self._logs_this_step() and part.samples:
             with self.phase("metrics"):
-                self._record_statistics(inputs, units, student_hidden.detach(), head, teacher_hidden)
+                detached = (student_hidden.detach(), head)
+                self._record_statistics(part, units, scorer, detached, theirs)
         return loss
 
-    def _student_rows(self, student: nn.Module, packed: PackedSequences) -> tuple[Tensor, LMHead]:
+    def student_rows(self, student: nn.Module, packed: PackedSequences) -> tuple[Tensor, LMHead]:
         """The student's hidden rows and head, in the precision of the run (bf16 and fp16 are autocast, as in the Trainer)."""
         with self.accelerator.autocast():
             hidden = response_hidden_states(student, packed.to(self.args.device))
@@ -244,6 +335,35 @@ class SimCTTrainer(Trainer):
             if torch.is_autocast_enabled(self.args.device.type):
                 hidden, head = under_autocast(hidden, head, torch.get_autocast_dtype(self.args.device.type))
         return hidden, head
+
+    def _nonfinite(self, loss: Tensor, part: MicroBatch, unit_losses: Tensor) -> Tensor:
+        step = self.state.global_step + 1
+        path = report_nonfinite(
+            self.args.output_dir,
+            step,
+            self.args.process_index,
+            part,
+            self.scorers[part.teacher].pair,
+            unit_losses,
+            float(loss.detach()),
+        )
+        message = f"step {step}: the loss is {float(loss.detach())}; prompts, responses and units are in {path}"
+        if self.args.on_nonfinite == "stop":
+            raise FloatingPointError(f"{message} (on_nonfinite='skip' would leave the step out)")
+        warnings.warn(f"{message}; the step is left out", stacklevel=2)
+        self._skip_step = True
+        # The backward pass still runs (other processes wait for it); its gradients are dropped before the optimiser.
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def drop_skipped_gradients(self) -> None:
+        """Before the optimiser: if a process met a loss that is no number, no process makes this step."""
+        skip = torch.tensor(float(self._skip_step), device=self.args.device)
+        self._skip_step = False
+        self.recorder.ratios.count("optimiser steps", 1)
+        if self.accelerator.reduce(skip, "sum") > 0:
+            self.recorder.ratios.add("skipped_steps", 1, per="optimiser steps")
+            for parameter in self.model.parameters():
+                parameter.grad = None
 
     # ---- Metrics ----
 
@@ -258,89 +378,19 @@ class SimCTTrainer(Trainer):
             self.args.logging_strategy != "steps" or step % every == 0 or (self.args.logging_first_step and step == 1)
         )
 
-    def _record_units(self, samples: Samples, packed: PackedSequences, units: Alignment, unit_losses: Tensor) -> None:
-        """Everything here is on the CPU: one copy from the device a micro-batch."""
-        add, count = self.ratios.add, self.ratios.count
-        reasons = dict(units.dropped)
-        if self.args.teacher_mass_floor is not None:  # a masked unit has no loss at all
-            masked = unit_losses == 0
-            reasons["teacher_mass_floor"] = int(units.student_length[masked].sum())
-            units, unit_losses = units.select(~masked), unit_losses[~masked]
-        single = (units.student_length == 1) & (units.teacher_length == 1)
-        tokens, in_single = len(units.student_tokens), int(single.sum())
-        in_longer = int(units.student_length[~single].sum())
-        count("single units", in_single)
-        count("longer units", len(single) - in_single)
-        add("loss/single", unit_losses[single].sum(), per="single units")
-        add("loss/longer", unit_losses[~single].sum(), per="longer units")
-
-        count("tokens", tokens)
-        add("tokens/single", in_single, per="tokens")
-        add("tokens/longer", in_longer, per="tokens")
-        add("tokens/unsupervised", tokens - in_single - in_longer, per="tokens")
-        if self.args.units == "single":
-            reasons["longer_unit"] = tokens - in_single - sum(reasons.values())
-        for reason, lost in reasons.items():
-            add(f"unsupervised/{reason}", lost, per="tokens")
-
-        responses = samples.responses
-        ended = sum(response.finish_reason == "stop" for response in responses)
-        texts = [b"".join(p or b"" for p in self.pair.student_pieces(ids)) for ids in samples.student_responses]
-        count("responses", len(responses))
-        count("bytes", sum(map(len, texts)))
-        add("response/length", tokens, per="responses")
-        add("response/ended", ended, per="responses")
-        add("response/cut_off", len(responses) - ended, per="responses")
-        add("response/whitespace", sum(len(text) - len(b"".join(text.split())) for text in texts), per="bytes")
-
-        add("tokens_per_second/rollout", tokens, per="seconds/rollout")
-        teacher_tokens = sum(map(len, samples.teacher_prompts)) + len(units.teacher_tokens)
-        add("tokens_per_second/teacher", teacher_tokens, per="seconds/teacher")
-        add("tokens_per_second/student", packed.attention_mask.sum(), per="seconds/student+loss")
-
-    @torch.no_grad()
-    def _record_statistics(
-        self, inputs: dict[str, Any], units: AlignedUnits, student_hidden: Tensor, head: LMHead, teacher_hidden: Tensor
-    ) -> None:
-        student = token_statistics(student_hidden, head, units.student_tokens)
-        teacher = token_statistics(teacher_hidden, self.teacher.head, units.teacher_tokens)
-        self.ratios.count("measured tokens", len(student.entropy))
-        self.ratios.add("response/entropy", student.entropy.sum(), per="measured tokens")
-        options = {"score": self.args.score, "candidates": self.args.candidates}
-        mass = candidate_mass(teacher_hidden, self.teacher.head, units, self.shared, **options)
-        self.ratios.count("measured units", len(mass))
-        self.ratios.add("teacher_mass", mass.sum(), per="measured units")
-        ratios, lengths = log_ratios(self.pair, inputs["samples"], student.logprob, teacher.logprob)
-        self.ratios.count("measured bytes", sum(lengths))
-        self.ratios.add("reverse_kl_per_byte", sum(ratios), per="measured bytes")
+    def _record_statistics(self, part, units, scorer: Scorer, student, teacher) -> None:
+        self.recorder.distributions(part, units, scorer.pair, scorer.shared, student, teacher)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log; evaluation and the end of a run log other keys
-            self._record_time()
-            logs.update(self.ratios.flush(self.accelerator))
-            logs["peak_memory_gb"] = peak_memory_gb(self.args.device)
+            logs.update(self.recorder.flush(self.state.global_step))
         super().log(logs, start_time)
-
-    def _record_time(self) -> None:
-        """Seconds of each phase per optimiser step; tokens per second are those of one process."""
-        seconds = self.phase.flush()
-        elapsed = time.perf_counter() - self._window_start
-        self.ratios.count("steps", self.state.global_step - self._window_step)
-        for name, value in {**seconds, "other": elapsed - sum(seconds.values())}.items():
-            self.ratios.count(f"seconds/{name}", value)
-            self.ratios.add(f"seconds/{name}", value, per="steps")
-        self.ratios.count("seconds/student+loss", seconds.get("student", 0.0) + seconds.get("loss", 0.0))
-        self._start_window()
-
-    def _start_window(self) -> None:
-        self._window_step, self._window_start = self.state.global_step, time.perf_counter()
-        self.phase.flush()
 
     # ---- Evaluation ----
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The sequence reverse KL per byte on held-out prompts, with its standard error over the samples.
+        """The sequence reverse KL per byte and per token on held-out prompts, and accuracy where they have an `answer`.
 
         One response to each prompt, drawn from the student's own distribution (temperature 1, no truncation: the estimate of
         KL(student || teacher) of whole texts is then unbiased) with the run's seed, so that two evaluations of one student agree.
@@ -351,57 +401,60 @@ class SimCTTrainer(Trainer):
             return {name: value for part in parts for name, value in part.items()}
         if dataset is None:
             raise ValueError("eval_dataset is None: expected records with a prompt or messages")
-        check_datasets(None, dataset)
+        checks.check_datasets(None, dataset)
         if self.is_in_train:  # an evaluation between two logs is no part of their training time
-            self._record_time()
-        started = time.perf_counter()
-        student = self.accelerator.unwrap_model(self.model)
-        records = [dataset[i] for i in range(self.args.process_index, len(dataset), self.args.world_size)]
-        samples = self._sample(records, replace(self.sampling, temperature=1.0, top_p=1.0), self._seed(0))
-        training = student.training
-        student.eval()
-        rows = []  # one of each response: log ratio, bytes, tokens, whether it ended
-        size = self.args.per_device_eval_batch_size
-        for start in range(0, len(records), size):
-            part = samples[start : start + size]
-            packed = PackedSequences.build(part.student_prompts, part.student_responses)
-            student_tokens, teacher_tokens = (
-                torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int64, device=self.args.device)
-                for ids in (part.student_responses, part.teacher_responses)
-            )
-            ours = token_statistics(*self._student_rows(student, packed), student_tokens)
-            hidden = self.teacher.hidden_states(part.teacher_prompts, part.teacher_responses)
-            theirs = token_statistics(hidden, self.teacher.head, teacher_tokens)
-            ratios, lengths = log_ratios(self.pair, part, ours.logprob, theirs.logprob)
-            for ratio, length, response in zip(ratios, lengths, part.responses, strict=True):
-                rows.append((ratio, length, len(response.token_ids), response.finish_reason == "stop"))
-        student.train(training)
-        rows = gather_object(rows) if self.accelerator.num_processes > 1 else rows
-
-        scored = [row for row in rows if row[1]]
-        value, error = ratio_with_standard_error([row[0] for row in scored], [row[1] for row in scored])
-        metrics = {
-            "reverse_kl_per_byte": value,
-            "reverse_kl_per_byte_stderr": error,
-            "response_length": sum(row[2] for row in rows) / len(rows),
-            "response_ended": sum(row[3] for row in rows) / len(rows),
-            "samples": len(scored),
-            "samples_unscored": len(rows) - len(scored),
-            "runtime": time.perf_counter() - started,
-        }
+            self.recorder.close_window(self.state.global_step)
+        metrics = evaluation.measure(self, dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self._start_window()
+        self.recorder.start_window(self.state.global_step)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def draw(self, records: list[dict[str, Any]]) -> Samples:
+        """One sample of each record from the student's own distribution, the same at every call with the same weights."""
+        self._update_engine()
+        sampling = replace(self.sampling, temperature=1.0, top_p=1.0)
+        with self.accelerator.autocast():
+            return self.collector.collect(records, sampling, numbered_seed(self.args.seed, 0, self.args.process_index))
 
-class StartOfWindow(TrainerCallback):
-    """Starts the first logging window where training starts: the step is known by then, also of a resumed run."""
+    # ---- Checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As the Trainer's; `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_complete(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint is True: there is no whole checkpoint in {self.args.output_dir!r}"
+                )
+        if resume_from_checkpoint:
+            self._resumed = load_responses(resume_from_checkpoint, self.args.process_index)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._used < self.args.num_iterations and self._records is not None:
+            save_responses(Path(output_dir), self.args.process_index, self._responses, self._used)
+        # The Trainer's state, whose presence says that the checkpoint is whole, is written after this by one process.
+        self.accelerator.wait_for_everyone()
+
+
+class AroundSteps(TrainerCallback):
+    """Starts the first logging window where training starts (the step is known by then, also of a resumed run), and times the
+    optimiser."""
 
     def __init__(self, trainer: SimCTTrainer) -> None:
         self.trainer = trainer
+        self._open = contextlib.ExitStack()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.ratios.flush()
-        self.trainer._start_window()
+        self.trainer.recorder.start_window(state.global_step)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.drop_skipped_gradients()
+        self._open.enter_context(self.trainer.phase("optimiser"))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._open.close()

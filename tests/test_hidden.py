@@ -10,7 +10,7 @@ RESPONSES = [[20, 21], [22, 23, 24, 25], []]
 
 
 def test_packed_rows_equal_those_of_each_sequence_alone(demo_student):
-    packed = PackedSequences.build(PROMPTS, RESPONSES, pad_id=0)
+    packed = PackedSequences.build(PROMPTS, RESPONSES)
     assert packed.input_ids.shape == (3, 5)  # the last response token is not fed
     hidden = response_hidden_states(demo_student, packed)
     assert hidden.shape == (6, demo_student.config.hidden_size)
@@ -23,7 +23,7 @@ def test_packed_rows_equal_those_of_each_sequence_alone(demo_student):
 
 
 def test_a_response_of_one_token_is_predicted_by_the_prompt(demo_student):
-    packed = PackedSequences.build([[4, 5]], [[1]], pad_id=0)
+    packed = PackedSequences.build([[4, 5]], [[1]])
     assert packed.input_ids.tolist() == [[4, 5]] and packed.rows.tolist() == [1]
 
 

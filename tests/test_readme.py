@@ -48,7 +48,7 @@ def test_the_loss_snippet(demo_tokenizers, demo_student, demo_teacher):
     tokens, loss = lines.split("loss = ")
     exec(tokens, names)
     for side, model in ("student", demo_student), ("teacher", demo_teacher):
-        packed = PackedSequences.build([[3]] * len(responses), names[f"{side}_ids"], pad_id=0)
+        packed = PackedSequences.build([[3]] * len(responses), names[f"{side}_ids"])
         with torch.set_grad_enabled(side == "student"):
             names[f"{side}_hidden"] = response_hidden_states(model, packed)
     exec("loss = " + loss, names)
