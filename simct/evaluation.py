@@ -1,4 +1,4 @@
-"""What `SimCTTrainer.evaluate` measures on held-out prompts: the sequence reverse KL, and, where records have an `answer`, accuracy."""
+"""What `SimCTTrainer.evaluate` measures on held-out prompts: the sequence reverse KL, and accuracy where records have an `answer`."""
 
 import itertools
 import time
@@ -27,7 +27,7 @@ class Scored:
 
 @torch.no_grad()
 def score(trainer, samples: Samples) -> list[Scored]:
-    """The log-probability ratios of sampled texts, in any order. `trainer`: a `SimCTTrainer`, with the student in evaluation mode."""
+    """The log-probability ratios of sampled texts, in any order. `trainer`: a `SimCTTrainer`, its student in evaluation mode."""
     student, rows = trainer.accelerator.unwrap_model(trainer.model), []
     size = trainer.args.per_device_eval_batch_size
     for start in range(0, len(samples), size):

@@ -1,5 +1,6 @@
 """What is written down when a step goes wrong: a loss that is no number, memory that runs out."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
+def release_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def report_nonfinite(
     folder: str | Path,
     step: int,
@@ -28,8 +35,8 @@ def report_nonfinite(
     unit_losses: Tensor,
     loss: float,
 ) -> Path:
-    """Writes `nonfinite-STEP-PROCESS.json` into the folder: each response with a unit whose loss is no finite number, its record, and
-    those units with their texts and losses. Returns the path.
+    """Writes `nonfinite-STEP-PROCESS.json` into the folder: each response with a unit whose loss is no finite number, its record,
+    and those units with their texts and losses. Returns the path.
 
     If the units are all finite (the sum overflowed), every response is written.
     """

@@ -3,7 +3,7 @@
 A budget changes how the work is cut, never its result: the loss is a sum over samples, divided by the tokens of the whole step.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -28,28 +28,28 @@ class MicroBatch:
 
     def halves(self, layout: Layout) -> "list[MicroBatch]":
         """The same samples in two, not yet scored. They are not fewer than two."""
-        middle = len(self.samples) // 2
-        every = range(len(self.samples))
-        parts = (self.samples.pick(list(every[:middle])), self.samples.pick(list(every[middle:])))
-        return [MicroBatch.build(part, layout, self.teacher) for part in parts]
-
-    def without_scores(self) -> "MicroBatch":
-        return replace(self, alignment=None, teacher_hidden=None)
+        halves: tuple[list[int], list[int]] = ([], [])
+        tokens = [0, 0]
+        for i in sorted(range(len(self.samples)), key=lambda i: -self.samples[i].student_length):
+            lighter = int(tokens[1] < tokens[0])
+            halves[lighter].append(i)
+            tokens[lighter] += self.samples[i].student_length
+        return [MicroBatch.build(self.samples.pick(sorted(half)), layout, self.teacher) for half in halves]
 
 
 def split(samples: Samples, layout: Layout, budget: int | None, default_teacher: str) -> list[MicroBatch]:
-    """Micro-batches of at most `budget` student tokens, padding included where the layout pads (more only for one long sample);
-    None: one for each teacher. No samples give one empty micro-batch: every process must take part in every step."""
+    """Micro-batches of at most `budget` student tokens, filling included (more only for one long sample); None: one for each
+    teacher. No samples give one empty micro-batch: every process must take part in every step."""
     found = []
     for teacher in dict.fromkeys(sample.teacher for sample in samples):
         own = samples.pick([i for i, sample in enumerate(samples) if sample.teacher == teacher])
         lengths = [sample.student_length for sample in own]
         if budget is None:
             bins = [list(range(len(own)))]
-        elif layout.packed:
+        elif layout.one_row:
             bins = first_fit(lengths, budget)
         else:
-            bins = _padded(lengths, budget)
+            bins = _in_rows(lengths, budget, share_rows=layout.packed)
         found += [MicroBatch.build(own.pick(members), layout, teacher) for members in bins]
     return found or [empty(layout, default_teacher)]
 
@@ -59,14 +59,23 @@ def empty(layout: Layout, teacher: str) -> MicroBatch:
     return MicroBatch.build(Samples(), layout, teacher)
 
 
-def _padded(lengths: list[int], budget: int) -> list[list[int]]:
-    """Sequences of like length together, as many as fit the budget when padded to the longest."""
+def _in_rows(lengths: list[int], budget: int, share_rows: bool) -> list[list[int]]:
+    """Bins whose rows, as long as their longest sequence, hold at most `budget` tokens, filling included."""
     bins: list[list[int]] = []
-    longest = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if bins and longest * (len(bins[-1]) + 1) <= budget:
-            bins[-1].append(i)
-        else:
-            bins.append([i])
-            longest = lengths[i]
+    left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while left:
+        longest, members, room, rest = lengths[left[0]], [], [], []
+        most = max(1, budget // longest)
+        for i in left:
+            row = next((r for r, free in enumerate(room) if share_rows and lengths[i] <= free), None)
+            if row is not None:
+                room[row] -= lengths[i]
+            elif len(room) < most:
+                room.append(longest - lengths[i])
+            else:
+                rest.append(i)
+                continue
+            members.append(i)
+        bins.append(members)
+        left = rest
     return sorted(sorted(members) for members in bins)

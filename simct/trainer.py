@@ -7,7 +7,7 @@ schedule, checkpoints, logging, callbacks) is the Trainer's.
 """
 
 import contextlib
-import gc
+import copy
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from simct.checkpoints import load_responses, newest_complete, save_responses
 from simct.collector import Collector, Scorer, generator, numbered_seed
 from simct.config import SimCTConfig
 from simct.engines import build_engine
-from simct.faults import is_out_of_memory, report_nonfinite
+from simct.faults import is_out_of_memory, release_memory, report_nonfinite
 from simct.hidden import Layout, PackedSequences, forward_through, response_hidden_states, under_autocast
 from simct.loading import Teacher, load_model, load_teachers, load_tokenizer, with_adapter
 from simct.micro_batches import MicroBatch, empty, split
@@ -271,9 +271,7 @@ class SimCTTrainer(Trainer):
                 raise
             message = str(error)
         # Outside of the handler: the error holds on to what was allocated.
-        gc.collect()
-        if self.args.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self.args.device)
         most = part.packed.input_ids.numel()
         warnings.warn(f"out of memory with {most} tokens at once: once more in halves ({message})", stacklevel=2)
         halves = part.halves(self.layout)
@@ -419,6 +417,17 @@ class SimCTTrainer(Trainer):
             return self.collector.collect(records, sampling, numbered_seed(self.args.seed, 0, self.args.process_index))
 
     # ---- Checkpoints ----
+
+    def save_merged(self, output_dir: str) -> None:
+        """The student with its adapter merged into the weights, as a folder that `AutoModelForCausalLM.from_pretrained` loads."""
+        student = self.accelerator.unwrap_model(self.model)
+        if not hasattr(student, "merge_and_unload"):
+            raise ValueError(
+                f"the student is a {type(student).__name__}: expected one with a PEFT adapter (peft_config)"
+            )
+        if self.args.should_save:
+            copy.deepcopy(student).merge_and_unload().save_pretrained(output_dir)
+            self.processing_class.save_pretrained(output_dir)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As the Trainer's; `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end."""

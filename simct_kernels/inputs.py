@@ -234,6 +234,9 @@ class LMHead:
         module = model.get_output_embeddings()
         if module is None or getattr(module, "weight", None) is None:
             raise ValueError(f"model {type(model).__name__} has no language modelling head (get_output_embeddings())")
+        saved = getattr(module, "modules_to_save", None)
+        if saved:  # PEFT trains a copy of the head: the adapter in use says which
+            module = saved[next(name for name in module.active_adapters if name in saved)]
         extra = sorted(name for name, _ in module.named_parameters() if name not in ("weight", "bias"))
         if extra:
             raise ValueError(f"model {type(model).__name__} has a head with more than a weight and a bias: {extra}")
