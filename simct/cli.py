@@ -130,12 +130,12 @@ def train(argv: list[str]) -> None:
 
 
 def checkpoint(asked: str | None, folder: str) -> str | None:
-    """The checkpoint to resume from: a path, or "latest" for the newest in the output folder. ValueError if it is not there."""
-    from transformers.trainer_utils import get_last_checkpoint
+    """The checkpoint to resume from: a path, or "latest" for the newest whole one in the output folder. ValueError if it is not there."""
+    from simct.checkpoints import newest_complete
 
     if asked is None or asked.lower() == "false":
         return None
-    found = get_last_checkpoint(folder) if asked.lower() in ("latest", "true") and Path(folder).is_dir() else asked
+    found = newest_complete(folder) if asked.lower() in ("latest", "true") else asked
     if found is None or not Path(found).is_dir():
         raise ValueError(f"resume_from_checkpoint is {asked!r}: there is no such checkpoint (output_dir {folder!r})")
     return found

@@ -28,25 +28,25 @@ class Scored:
 @torch.no_grad()
 def score(trainer, samples: Samples) -> list[Scored]:
     """The log-probability ratios of sampled texts, in any order. `trainer`: a `SimCTTrainer`, its student in evaluation mode."""
-    student, rows = trainer.accelerator.unwrap_model(trainer.model), []
-    size = trainer.args.per_device_eval_batch_size
-    for start in range(0, len(samples), size):
-        chosen = samples.pick(list(range(len(samples)))[start : start + size])
-        for batch in split(chosen, trainer.layout, trainer.args.max_tokens_per_batch, trainer.default_teacher):
-            part, scorer = batch.samples, trainer.scorers[batch.teacher]
-            student_tokens, teacher_tokens = (
-                torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int64, device=trainer.args.device)
-                for ids in (part.student_responses, part.teacher_responses)
-            )
-            ours = token_statistics(*trainer.student_rows(student, batch.packed), student_tokens)
-            with scorer.teacher.on_device():
-                hidden = scorer.teacher.hidden_states(part.teacher_prompts, part.teacher_responses)
-            theirs = token_statistics(hidden, scorer.teacher.head, teacher_tokens)
-            ratios, lengths = log_ratios(scorer.pair, part, ours.logprob, theirs.logprob)
-            rows += [
-                Scored(ratio, length, len(response.token_ids), response.finish_reason != "length")
-                for ratio, length, response in zip(ratios, lengths, part.responses, strict=True)
-            ]
+    args, rows, batches = trainer.args, [], []
+    for start in range(0, len(samples), args.per_device_eval_batch_size):
+        chosen = samples.pick(list(range(len(samples)))[start : start + args.per_device_eval_batch_size])
+        batches += split(chosen, trainer.layout, args.max_tokens_per_batch, trainer.default_teacher)
+    for batch in trainer.as_many_everywhere([batches])[0]:
+        part, scorer = batch.samples, trainer.scorers[batch.teacher]
+        student_tokens, teacher_tokens = (
+            torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int64, device=args.device)
+            for ids in (part.student_responses, part.teacher_responses)
+        )
+        logprob = trainer.student_logprobs(batch, student_tokens)
+        with scorer.teacher.on_device():
+            hidden = scorer.teacher.hidden_states(part.teacher_prompts, part.teacher_responses)
+        theirs = token_statistics(hidden, scorer.teacher.head, teacher_tokens)
+        ratios, lengths = log_ratios(scorer.pair, part, logprob, theirs.logprob)
+        rows += [
+            Scored(ratio, length, len(response.token_ids), response.finish_reason != "length")
+            for ratio, length, response in zip(ratios, lengths, part.responses, strict=True)
+        ]
     return rows
 
 

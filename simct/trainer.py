@@ -38,7 +38,7 @@ from simct.rollout import Response, Sampling
 from simct.sampler import RepeatedBatches
 from simct.samples import Samples
 from simct.teacher import LocalTeacher
-from simct_kernels import LMHead
+from simct_kernels import LMHead, token_statistics
 from simct_kernels.backends import choose as choose_backend
 
 
@@ -200,10 +200,7 @@ class SimCTTrainer(Trainer):
             )
             for batch, end in zip(batches, ends, strict=True)
         ]
-        if self.accelerator.num_processes > 1:  # every process goes through the model as often
-            counts = gather_object([[len(part) for part in parts]])
-            for i, part in enumerate(parts):
-                part += [empty(self.layout, self.default_teacher)] * (max(c[i] for c in counts) - len(part))
+        parts = self.as_many_everywhere(parts)
         self._score([part for found in parts for part in found])
         for part in (part for found in parts for part in found):
             self.recorder.responses(part, self.scorers[part.teacher].pair)
@@ -215,6 +212,18 @@ class SimCTTrainer(Trainer):
             for found in parts
         ]
         self._records, self._used = batches, used
+
+    def as_many_everywhere(self, batches: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
+        """With several processes: each list filled up with empty micro-batches, so that every process goes through the model as
+        often (the collectives of sharded models are made there)."""
+        if self.accelerator.num_processes == 1:
+            return batches
+        counts = gather_object([[len(found) for found in batches]])
+        most = [max(count) for count in zip(*counts, strict=True)]
+        return [
+            found + [empty(self.layout, self.default_teacher)] * (n - len(found))
+            for found, n in zip(batches, most, strict=True)
+        ]
 
     def _update_engine(self) -> None:
         with self.phase("rollout"):
@@ -333,6 +342,16 @@ class SimCTTrainer(Trainer):
             if torch.is_autocast_enabled(self.args.device.type):
                 hidden, head = under_autocast(hidden, head, torch.get_autocast_dtype(self.args.device.type))
         return hidden, head
+
+    @torch.no_grad()
+    def student_logprobs(self, part: MicroBatch, tokens: Tensor) -> Tensor:
+        """Log-probabilities [N] of response tokens under the student as it is now."""
+        student = self.accelerator.unwrap_model(self.model)
+
+        def compute() -> Tensor:
+            return token_statistics(*self.student_rows(student, part.packed), tokens).logprob
+
+        return forward_through(self.model_wrapped, student, compute)
 
     def _nonfinite(self, loss: Tensor, part: MicroBatch, unit_losses: Tensor) -> Tensor:
         step = self.state.global_step + 1

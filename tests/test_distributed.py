@@ -1,4 +1,4 @@
-"""Two processes (gloo, on the CPU) against one: the same prompts, the same loss, the same weights."""
+"""Two processes (gloo, on the CPU) against one, whole or sharded: the same prompts, the same losses, the same weights."""
 
 import os
 import subprocess
@@ -6,63 +6,88 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 RUN = """
 import sys
+import accelerate.state
+import torch
+from accelerate.utils import DistributedType
 from simct import SimCTConfig, SimCTTrainer
 from simct.demo import ASSETS
 from simct.prompts import read_prompts
-import torch
+
+output, result, batch_size, sharded = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "fsdp"
 torch.set_num_threads(1)
+options = {}
+if sharded:
+    # accelerate sets FSDP up on accelerators only; torch itself shards on a CPU as well.
+    original = accelerate.state.AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    accelerate.state.AcceleratorState.__init__ = init
+    options = dict(fsdp=True, fsdp_config={"transformer_layer_cls_to_wrap": ["Gemma2DecoderLayer"]})
 config = SimCTConfig(
-    output_dir=sys.argv[1], max_steps=2, per_device_train_batch_size=int(sys.argv[2]), gradient_accumulation_steps=2,
+    output_dir=output, max_steps=2, per_device_train_batch_size=batch_size, gradient_accumulation_steps=2,
     learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", warmup_steps=0, max_new_tokens=16,
     temperature=0.0,  # greedy: processes draw from random streams of their own
-    logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True,
+    max_tokens_per_batch=40,  # the processes cut their share into different numbers of micro-batches
+    logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True, **options,
 )
 prompts = read_prompts(ASSETS / "train.jsonl")[:32]
 trainer = SimCTTrainer(str(ASSETS / "student"), str(ASSETS / "teacher"), config, prompts, prompts[:5])
 trainer.train()
 metrics = trainer.evaluate()
+assert sharded == any(cls.__name__ == "FSDPModule" for cls in type(trainer.model).__mro__)
+trainer.save_model(result)
 if trainer.is_world_process_zero():
-    weights = {name: value for name, value in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
-    torch.save({"weights": weights, "logs": trainer.state.log_history, "metrics": metrics}, sys.argv[3])
+    torch.save({"logs": trainer.state.log_history, "metrics": metrics}, result + "/run.pt")
 """
 
 
-def run(tmp_path, processes: int, batch_size: int) -> dict:
-    script, result = tmp_path / "run.py", tmp_path / f"{processes}.pt"
+def run(tmp_path, processes: int, batch_size: int, kind: str = "whole") -> tuple[dict, dict]:
+    script, result = tmp_path / "run.py", tmp_path / f"{processes}-{kind}"
     script.write_text(RUN)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [
         sys.executable,
         *(launcher if processes > 1 else []),
-        str(script),
-        str(tmp_path / "out"),
-        str(batch_size),
-        str(result),
+        *(str(script), str(tmp_path / "out"), str(result), str(batch_size), kind),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(result, weights_only=True)
+    weights = AutoModelForCausalLM.from_pretrained(result, dtype=torch.float32).state_dict()
+    return torch.load(result / "run.pt", weights_only=True), weights
 
 
-def test_two_processes_equal_one(tmp_path):
-    one, two = run(tmp_path, 1, 8), run(tmp_path, 2, 4)
-    for ours, theirs in zip(one["logs"], two["logs"], strict=True):
-        for name in (
-            "loss",
-            "loss/single",
-            "loss/longer",
-            "tokens/longer",
-            "response/length",
-            "response/entropy",
-            "teacher_mass",
-        ):
-            if name in ours:
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(weight, two["weights"][name], rtol=1e-4, atol=1e-6, msg=name)
-    assert one["metrics"]["eval_samples"] + one["metrics"]["eval_samples_unscored"] == 5
-    assert two["metrics"]["eval_samples"] + two["metrics"]["eval_samples_unscored"] == 5
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("one"), 1, 8)
+
+
+@pytest.mark.parametrize("kind", ["whole", "fsdp"])
+def test_two_processes_equal_one(tmp_path, one, kind):
+    (ours, weights), (theirs, other_weights) = one, run(tmp_path, 2, 4, kind)
+    names = (
+        "loss",
+        "loss/single",
+        "loss/longer",
+        "tokens/longer",
+        "response/length",
+        "response/entropy",
+        "teacher_mass",
+    )
+    for a, b in zip(ours["logs"], theirs["logs"], strict=True):
+        for name in names:
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-4), name
+    assert set(weights) == set(other_weights)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, other_weights[name], rtol=1e-4, atol=1e-6, msg=name)
+    for metrics in ours["metrics"], theirs["metrics"]:
+        assert metrics["eval_samples"] + metrics["eval_samples_unscored"] == 5
