@@ -35,9 +35,9 @@ def uld_loss(
 
     loss(unit) = sum over ranks r of |sort(p_S)[r] - sort(p_T)[r]|, in descending order, the shorter vocabulary padded with
     zeros (the authors derive it as a Wasserstein-1 distance in which all tokens are equally far apart). Gradients go to
-    student_hidden and the student head's weight and bias. The original compares position i of one side with position i of the other, which are
-    different texts from the first unequal token on; the first rows of byte-aligned units predict the same text, so that this
-    is the fair version of the baseline.
+    student_hidden and the student head's weight and bias. The original compares position i of one side with position i
+    of the other, which are different texts from the first unequal token on; the first rows of byte-aligned units predict
+    the same text, so that this is the fair version of the baseline.
 
     Args:
         student_hidden, teacher_hidden: one row for each of `units`' student_tokens and teacher_tokens.
