@@ -26,17 +26,19 @@ PARTS = {
     "working": "student: one layer at work",
     "teacher_weights": "teacher: weights",
     "teacher_working": "teacher: one layer at work",
-    "teacher_hidden": "teacher and student: hidden rows",
+    "teacher_hidden": "teacher: hidden rows of the step's responses",
+    "student_hidden": "student: hidden rows of a micro-batch",
     "loss": "loss: chunk of logits, head gradient, shared rows",
 }
-# What is held at once. Gradients are freed after each optimiser step, so that rollouts find their memory empty.
+# What is held at once. The teacher scores all responses of a step before the student's first micro-batch; gradients are freed
+# after the optimiser step.
 _ALWAYS = ("student_weights", "optimizer", "rollout_copy")
 PHASES = {
     "rollout": (*_ALWAYS, "teacher_weights", "kv_cache"),
-    "teacher": (*_ALWAYS, "teacher_weights", "gradients", "teacher_working", "teacher_hidden"),
+    "teacher": (*_ALWAYS, "teacher_weights", "teacher_working", "teacher_hidden"),
     "student": (
         *(*_ALWAYS, "teacher_weights", "gradients", "cast_weights"),
-        *("activations", "working", "teacher_hidden", "loss"),
+        *("activations", "working", "teacher_hidden", "student_hidden", "loss"),
     ),
 }
 
@@ -56,6 +58,7 @@ class MemoryEstimate:
     teacher_weights: int
     teacher_working: int
     teacher_hidden: int
+    student_hidden: int
     loss: int
     offload_teacher: bool = False  # held in main memory except while it scores
 
@@ -78,8 +81,8 @@ def estimate(
     teacher: nn.Module,
     *,
     batch_tokens: int,
-    response_rows: int,
-    sequence_tokens: int,
+    prompt_tokens: int,
+    response_tokens: int,
     rollouts: int,
     optim: str = "adamw_torch_fused",
     compute_dtype: torch.dtype | None = None,
@@ -97,9 +100,9 @@ def estimate(
         student, teacher: models, on any device ("meta" costs nothing); what of the student is trained is read from
             `requires_grad`, so that a PEFT model counts as what it is.
         batch_tokens: prompt and response tokens of one forward and backward pass, padding included.
-        response_rows: of these, the response tokens, which the loss reads.
-        sequence_tokens: the longest prompt and response, in tokens: attention scores and the cache depend on it.
-        rollouts: responses sampled at once.
+        prompt_tokens, response_tokens: of one sequence, the longest to be expected: attention scores, the cache and the share
+            of a batch's rows that the loss reads depend on them.
+        rollouts: responses sampled, and scored by the teacher, at once: those of a whole step.
         optim: the name as in `TrainingArguments.optim`.
         compute_dtype: autocast's, if it is not the weights' own.
         rollout_dtype: that of the student's copy for rollouts; no copy if not given.
@@ -109,10 +112,12 @@ def estimate(
     Raises:
         ValueError: a count below 1.
     """
-    counts = {"batch_tokens": batch_tokens, "sequence_tokens": sequence_tokens, "rollouts": rollouts}
-    for name, value in counts.items():
+    counts = {"batch_tokens": batch_tokens, "prompt_tokens": prompt_tokens, "response_tokens": response_tokens}
+    for name, value in {**counts, "rollouts": rollouts}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}: expected at least 1")
+    sequence_tokens = prompt_tokens + response_tokens
+    rows = -(-batch_tokens * response_tokens // sequence_tokens)
     parameters = list(student.parameters())  # tied weights come once
     trained = [p for p in parameters if p.requires_grad]
     dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
@@ -122,7 +127,6 @@ def estimate(
     layer = layer_bytes(student, sequence_tokens, dtype, compute)
     cache = kv_cache_bytes_of(student, sequence_tokens, cache_dtype.itemsize) * rollouts
     teacher_dtype = next(p.dtype for p in teacher.parameters() if p.is_floating_point())
-    width, teacher_width = _config(student).hidden_size, _config(teacher).hidden_size
     return MemoryEstimate(
         student_weights=weight_bytes(student),
         gradients=sum(p.numel() * p.element_size() for p in trained),
@@ -138,8 +142,9 @@ def estimate(
         teacher_weights=weight_bytes(teacher),
         # A forward without a graph holds a layer's input and output, and its attention or its feed-forward tensors.
         teacher_working=batch_tokens * layer_bytes(teacher, sequence_tokens, teacher_dtype, teacher_dtype) // 2,
-        teacher_hidden=response_rows * (teacher_width * teacher_dtype.itemsize + width * compute.itemsize),
-        loss=loss_bytes(student, teacher, response_rows, compute, shared_tokens, chunk_rows, device_type),
+        teacher_hidden=rollouts * response_tokens * _config(teacher).hidden_size * teacher_dtype.itemsize,
+        student_hidden=rows * _config(student).hidden_size * compute.itemsize,
+        loss=loss_bytes(student, teacher, rows, compute, shared_tokens, chunk_rows, device_type),
         offload_teacher=offload_teacher,
     )
 

@@ -45,7 +45,7 @@ TINY = {
     "phi3": Phi3Config(**SIZES),
     "qwen2": Qwen2Config(**SIZES),
 }
-NUMBERS = dict(batch_tokens=512, response_rows=200, sequence_tokens=128, rollouts=8)
+NUMBERS = dict(batch_tokens=512, prompt_tokens=32, response_tokens=96, rollouts=8)
 
 
 def on_meta(config):
