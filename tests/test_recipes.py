@@ -27,7 +27,7 @@ DISTIL = [name for name in list_recipes() if name.split("/")[1].startswith("dist
 # Options of SimCTConfig that are being added beside the recipes: to be deleted when they are there.
 NEW_FIELDS = {
     "objective", "merge_ratio", "mask_longer", "num_generations", "max_tokens_per_batch", "kv_cache_gb", "on_nonfinite",
-    "on_bad_row",
+    "on_bad_row", "offload_teacher",
 }  # fmt: skip
 NEW_VALUES = {("units", "merged")}
 
