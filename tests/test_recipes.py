@@ -97,16 +97,24 @@ def test_steps_hand_over_to_one_another(pair):
     assert answers["output"] == f"{sft['dataset_name']}/train.jsonl"
     assert distil["student"] == public["student"] == sft["output_dir"]
     assert distil["teacher"] == public["teacher"] == answers["model"]
-    assert evaluation["model"] == distil["output_dir"] != public["output_dir"]
+    assert evaluation["checkpoint"] == distil["output_dir"] != public["output_dir"]
     assert (answers["columns"] == "messages") == ("assistant_only_loss" in sft)
 
 
 def test_pairs_differ_in_their_models_only():
     def settings(pair: str, step: str) -> dict:
         options = options_of(f"{pair}/{step}")
-        for key in "student", "teacher", "model", "model_name_or_path", "dataset_name", "output_dir", "output":
+        for key in (
+            "student",
+            "teacher",
+            "model",
+            "model_name_or_path",
+            "dataset_name",
+            "output_dir",
+            "output",
+            "checkpoint",
+        ):
             options.pop(key, None)
-        options.pop("output_path", None)
         return options
 
     first, second, third = PAIRS
@@ -133,6 +141,14 @@ def test_sft_options_are_trl_options(pair, tmp_path):
     config = SFTConfig(**{**known, "output_dir": str(tmp_path), "bf16": False, "use_cpu": True})
     assert config.learning_rate == 2e-6 and config.num_train_epochs == 2
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 64
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_evaluation_options_are_options_of_simct_eval(pair):
+    command = pytest.importorskip("simct.eval_command")
+    options = options_of(f"{pair}/eval")
+    assert set(options) - {"checkpoint"} <= names_of(command.EvalArguments)
+    assert command.task_names(options["tasks"]) == ["gsm8k", "minerva_math500", "mbpp"]
 
 
 def test_an_unknown_name_is_answered_with_what_there_is(tmp_path):
