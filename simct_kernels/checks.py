@@ -26,6 +26,33 @@ def check_units(units: AlignedUnits, shared: SharedVocabulary, options: LossOpti
         raise ValueError(f"units.left_out names shared index {units.max_left_out}, but shared has {len(shared)} pairs")
 
 
+def check_linear_arguments(
+    student_hidden: Tensor,
+    student_head: LMHead,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead,
+    units: AlignedUnits,
+    temperature: float,
+    chunk_rows: int | str,
+) -> None:
+    """What a loss without a shared vocabulary reads."""
+    if not isinstance(units, AlignedUnits):
+        raise ValueError(f"units must be AlignedUnits, got {type(units).__name__}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
+    check_chunk_rows(chunk_rows)
+    for side, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
+        check_hidden(f"{side}_hidden", hidden, f"{side}_head", head, units)
+        check_rows(f"{side}_hidden", hidden, side, units)
+
+
+def check_tokens(name: str, head: LMHead, side: str, units: AlignedUnits) -> None:
+    """Refuses units whose tokens the head has no row for."""
+    vocabulary, largest = head.weight.shape[0], getattr(units, f"max_{side}_token")
+    if largest >= vocabulary:
+        raise ValueError(f"units.{side}_tokens holds id {largest}, outside the {vocabulary} ids of {name}")
+
+
 def check_left_out(units: AlignedUnits, shared: SharedVocabulary, options: LossOptions) -> None:
     """The one check that may wait for a GPU, and cannot be traced: in the misuse that it looks for only."""
     if options.candidates == "disjoint" and units.left_out is None and units.has_continuation(shared).any():
