@@ -1,11 +1,9 @@
-"""Prompts: read from a JSONL file, and rendered for one model with that model's own chat template.
+"""Prompts: taken from a record (`simct.data` reads those), and rendered for one model with that model's own chat template.
 
 A record has a `prompt`: a string, or a list of messages (`{"role": ..., "content": ...}`) that ends with the user's turn. A record
 with `messages` instead is a whole conversation; its last assistant turn, if it ends with one, is left out.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -15,36 +13,12 @@ Prompt = str | list[dict[str, str]]
 PROMPT_FORMATS = ("auto", "chat", "text")
 
 
-def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file, each with a checked `prompt`; other columns are kept.
+def __getattr__(name: str):
+    if name == "read_prompts":  # where it used to live
+        from simct.data import read_prompts
 
-    Raises:
-        ValueError: the file is missing or holds no record; a line is not a JSON object, or has no usable `prompt` or `messages`
-            (named with its line number).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(
-            f"data file {str(path)!r} does not exist: expected a JSONL file with a prompt or messages on every line"
-        )
-    records = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
-            try:
-                records.append({**record, "prompt": prompt_of(record)})
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-    if not records:
-        raise ValueError(f"data file {str(path)!r} is empty: expected at least one line with a prompt or messages")
-    return records
+        return read_prompts
+    raise AttributeError(f"module 'simct.prompts' has no attribute {name!r}")
 
 
 def prompt_of(record: dict[str, Any]) -> Prompt:
@@ -72,7 +46,8 @@ def prompt_of(record: dict[str, Any]) -> Prompt:
     for i, message in enumerate(prompt):
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise ValueError(f"field {name!r}, message {i} is {_short(message)}: expected strings 'role' and 'content'")
-    return prompt
+    # A table gives every message every key that one of them has: templates would take an empty one for given.
+    return [{key: value for key, value in message.items() if value is not None} for message in prompt]
 
 
 def render_prompt(
