@@ -5,8 +5,8 @@ a thread takes 8 neighbouring columns of a row, so that contiguous 16-bit logits
 in two reads); the rows of a tile share each read of the shared vocabulary's ids; and at 16 elements a thread and side
 the live tiles leave registers for two programs on a multiprocessor, so that one loads while another computes. A column's
 id takes 4 bytes: 1,024 columns to 256 threads are 16 bytes of ids each. AMD's CDNA has waves of 64 threads, 4 of which
-make 256; with half the rows nothing spills there. For sm_100 ptxas aims at three programs of 256 threads
-for `forward` and spills a few bytes to get there: 128 threads with half the columns spill nothing.
+make 256; with half the rows nothing spills there. `forward` has 128 threads: with 256, ptxas aims at one program more than
+the registers have room for and spills a few bytes to get there in some variants (on sm_100 also with 1,024 columns).
 
 The indexed products' rows are those that the k ids of a row name ("pick"; "pick_one" for k = 1), or entries with the same
 id ("weight_gradient"), and their columns are H: 16 rows are in flight before the first is needed, as are the 4,096
@@ -33,7 +33,7 @@ class Tile:
 
 _NVIDIA = {
     "logsumexp": Tile(1, 4096, 8),
-    "forward": Tile(4, 1024, 8),
+    "forward": Tile(2, 1024, 4),
     "gradient": Tile(4, 1024, 8),
     "softmax": Tile(1, 2048, 8),
     "pick": Tile(16, 256, 4),
@@ -84,7 +84,7 @@ _FUSED_32 = {"scores32": FusedTile(16, 32, 16, 4, 2), "gradient32": FusedTile(16
 _FUSED_32_BLACKWELL = _FUSED_32 | {"scores32": FusedTile(32, 32, 16, 4, 2)}
 _FUSED_32_AMD = {"scores32": FusedTile(32, 64, 16, 8, 2), "gradient32": FusedTile(32, 64, 16, 8, 2)}
 _FUSED_NVIDIA = {"scores": FusedTile(64, 128, 64, 8, 3), "gradient": FusedTile(64, 128, 32, 8, 3)} | _FUSED_32
-_FUSED_BLACKWELL = {"scores": FusedTile(64, 32, 64, 4, 3), "gradient": FusedTile(64, 32, 32, 4, 3)}
+_FUSED_BLACKWELL = {"scores": FusedTile(64, 32, 64, 4, 3), "gradient": FusedTile(64, 32, 32, 4, 2)}
 _FUSED_BLACKWELL |= _FUSED_32_BLACKWELL
 _FUSED_AMD = {"scores": FusedTile(64, 64, 64, 4, 2), "gradient": FusedTile(64, 64, 32, 4, 2)} | _FUSED_32_AMD
 FUSED_TILES = {80: _FUSED_NVIDIA, 90: _FUSED_NVIDIA, 100: _FUSED_BLACKWELL, "gfx942": _FUSED_AMD}
