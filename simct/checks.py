@@ -54,8 +54,6 @@ def check_run(config, train_dataset, eval_dataset) -> None:
         raise ValueError(
             "fsdp_config names version 1: expected 2 (FSDP2), whose parameters keep their names and shapes"
         )
-    if config.rollout_engine == "vllm-server" and not (config.vllm_server_url and config.vllm_sync_dir):
-        raise ValueError("rollout_engine is 'vllm-server': expected vllm_server_url and vllm_sync_dir as well")
     check_writable(config.output_dir)
 
 

@@ -1,15 +1,13 @@
-"""The command line: `simct demo`, `simct train`, `simct inspect`."""
+"""The command line: `simct demo`, `train`, `inspect`, `recipes`, `answers`, `eval`."""
 
 import argparse
-import json
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
+from simct.options import UsageError, console, errors, with_option_files
+from simct.train_command import RunArguments, train
 
-console = Console()
-errors = Console(stderr=True)
+__all__ = ["RunArguments", "UsageError", "main", "with_option_files"]
 
 # What `simct inspect` measures without --text: prose, code and mathematics, as students write them.
 SAMPLES = (
@@ -19,17 +17,6 @@ SAMPLES = (
     "        raise ValueError('empty')\n    return sum(values) / len(values)\n",
     "Let x = 12345. Then 3x + 7 = 37042, so (3x + 7) / 2 = 18521 and \\frac{x}{5} = 2469.\n\n\\boxed{18521}",
 )
-
-
-@dataclass
-class RunArguments:
-    """What a training run reads. Every option of `SimCTConfig` is an option of `simct train` as well."""
-
-    student: str = field(metadata={"help": "The student: a folder or hub name."})
-    teacher: str = field(metadata={"help": "The teacher: a folder or hub name."})
-    data: str = field(metadata={"help": "Prompts: a JSONL file with `prompt` or `messages` on every line."})
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out prompts, evaluated before and after."})
-    eval_prompts: int = field(default=0, metadata={"help": "Without eval_data: hold out this many prompts of data."})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,8 +39,15 @@ def main(argv: list[str] | None = None) -> None:
     inspect.add_argument("teacher", help="folder or hub name of the teacher (its tokenizer is enough)")
     inspect.add_argument("--text", type=Path, help="UTF-8 text to measure; built-in samples if not given")
 
+    recipes = commands.add_parser("recipes", help="the paper's three pairs, step by step, as option files")
+    recipes.add_argument("name", nargs="?", help="print this recipe's path (trl sft --config $(simct recipes NAME))")
+
+    commands.add_parser("answers", help="a teacher's answers to prompts, to warm a student up (--help)", add_help=False)
+    commands.add_parser("eval", help="a checkpoint on benchmarks, by lm-evaluation-harness (--help)", add_help=False)
+
     options, rest = parser.parse_known_args(argv)
-    if rest and options.command != "train":
+    own = argv[argv.index(options.command) + 1 :]  # of the commands that read their options themselves
+    if rest and options.command not in ("train", "answers", "eval"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if options.command == "demo":
@@ -69,107 +63,56 @@ def main(argv: list[str] | None = None) -> None:
             run_demo(options.output, steps=options.steps, seed=options.seed, console=console)
         elif options.command == "inspect":
             inspect_pair(options.student, options.teacher, options.text)
+        elif options.command == "recipes":
+            show_recipes(options.name)
+        elif options.command == "answers":
+            answers(own)
+        elif options.command == "eval":
+            from simct.eval_command import main as evaluate
+
+            try:
+                evaluate(with_option_files(own, positional="checkpoint"))
+            except ValueError as error:
+                raise UsageError(error) from error
         else:
-            train(argv[argv.index("train") + 1 :])
+            train(own)
     except UsageError as error:
         errors.print(f"simct {options.command}: error: {error}", style="bold red", markup=False, highlight=False)
         raise SystemExit(2) from error
 
 
-class UsageError(Exception):
-    """Bad input, found before any long work: reported without a traceback."""
+def show_recipes(name: str | None) -> None:
+    from simct.recipe import find_recipe, recipe_table
 
-
-def train(argv: list[str]) -> None:
-    """`simct train --student S --teacher T --data FILE.jsonl [--config FILE.yaml] [any SimCTConfig option]`."""
-    from transformers import HfArgumentParser
-
-    from simct.config import SimCTConfig
-    from simct.display import coverage_table, evaluation_table, pair_table, plot_curves
-    from simct.progress import ProgressBar
-    from simct.prompts import prompt_of, read_prompts
-    from simct.trainer import SimCTTrainer
-
-    options = {"prog": "simct train", "description": train.__doc__, "allow_abbrev": False}
-    parser = HfArgumentParser((RunArguments, SimCTConfig), **options)
-    parser.add_argument("--config", help="YAML file with any of these options; the command line takes precedence")
     try:
-        run, config, _ = parser.parse_args_into_dataclasses(with_config_file(argv), look_for_args_file=False)
-        records = read_prompts(run.data)
-        if not 0 <= run.eval_prompts < len(records):
-            raise ValueError(
-                f"eval_prompts is {run.eval_prompts}: expected fewer than the {len(records)} records of {run.data}"
-            )
-        held_out = read_prompts(run.eval_data) if run.eval_data else records[len(records) - run.eval_prompts :]
-        if not run.eval_data and run.eval_prompts:
-            records = records[: -run.eval_prompts]
-        resume = checkpoint(config.resume_from_checkpoint, config.output_dir)
-        trainer = SimCTTrainer(run.student, run.teacher, config, records, held_out or None)
-        bar = ProgressBar.install(trainer, console)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if name is None:
+            console.print(recipe_table())
+        else:
+            print(find_recipe(name))
+    except ValueError as error:
         raise UsageError(error) from error
 
-    if trainer.is_world_process_zero():
-        texts = [prompt if isinstance(prompt := prompt_of(r), str) else prompt[-1]["content"] for r in records[:200]]
-        console.print(pair_table(trainer.pair, trainer.processing_class, trainer.teacher.tokenizer))
-        console.print(coverage_table(trainer.pair.coverage(texts)), "of the first prompts' own text\n")
-    before = evaluate(trainer) if held_out and not resume else None
-    with bar:
-        trainer.train(resume_from_checkpoint=resume)
-    after = evaluate(trainer) if held_out else None
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        if before:
-            trainer.state.log_history.insert(0, {"step": 0, **before})
-        curves = Path(config.output_dir) / "curves.png"
-        plot_curves(trainer.state.log_history, curves)
-        trainer.state.save_to_json(str(Path(config.output_dir) / "trainer_state.json"))
-        if before and after:
-            console.print(evaluation_table(before, after))
-        console.print(f"student: {config.output_dir}\ncurves:  {curves}", highlight=False)
 
+def answers(argv: list[str]) -> None:
+    """`simct answers --model M --data FILE.jsonl --output FILE.jsonl [--recipe NAME]`"""
+    from rich.progress import Progress
+    from transformers import HfArgumentParser
 
-def checkpoint(asked: str | None, folder: str) -> str | None:
-    """The checkpoint to resume from: a path, or "latest" for the newest whole one in the output folder. ValueError if it is not there."""
-    from simct.checkpoints import newest_complete
+    from simct.answers import AnswerArguments, write_answers
 
-    if asked is None or asked.lower() == "false":
-        return None
-    found = newest_complete(folder) if asked.lower() in ("latest", "true") else asked
-    if found is None or not Path(found).is_dir():
-        raise ValueError(f"resume_from_checkpoint is {asked!r}: there is no such checkpoint (output_dir {folder!r})")
-    return found
-
-
-def evaluate(trainer) -> dict[str, float]:
-    with console.status("evaluating on held-out prompts"):
-        return trainer.evaluate()
-
-
-def with_config_file(argv: list[str]) -> list[str]:
-    """The command line with the options of `--config FILE.yaml` put before it, so that its own win."""
-    import yaml
-
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(argv)[0].config
-    if path is None:
-        return argv
-    if not Path(path).is_file():
-        raise ValueError(f"config file {path!r} does not exist")
+    parser = HfArgumentParser(AnswerArguments, prog="simct answers", description=answers.__doc__, allow_abbrev=False)
     try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"config file {path!r} is not YAML: {error}") from None
-    if not isinstance(options, dict):
-        raise ValueError(f"config file {path!r} holds {type(options).__name__}: expected a mapping of options")
-    words = []
-    for name, value in options.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
-    return words + argv
+        (arguments,) = parser.parse_args_into_dataclasses(with_option_files(argv), look_for_args_file=False)
+        with Progress(console=console) as bar:
+            task = bar.add_task("answering", total=None)
+            counts = write_answers(
+                arguments, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            )
+    except (ValueError, OSError) as error:
+        raise UsageError(error) from error
+    for name, count in counts.items():
+        console.print(f"{name.replace('_', ' ')}: {count:,}", highlight=False)
+    console.print(f"answers: {arguments.output}", highlight=False)
 
 
 def inspect_pair(student: str, teacher: str, text: Path | None) -> None:

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from simct.checks import context_length
 from simct.config import SimCTConfig
+from simct.data import reference_answer
 from simct.metrics import PhaseTimer
 from simct.pair import TokenizerPair
-from simct.prompts import reference_answer
 from simct.renderer import Renderer
 from simct.rollout import Response, RolloutEngine, Sampling, cut_at_stop_string
 from simct.samples import Sample, Samples

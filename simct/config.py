@@ -65,10 +65,6 @@ class SimCTConfig(TrainingArguments):
     max_logprob_gap: float = option(
         0.2, "Warn if the engine's log-probabilities of its samples are this far from the trainer's own, on average."
     )
-    vllm_server_url: str | None = option(None, "rollout_engine=vllm-server: where it listens, http://host:port.")
-    vllm_sync_dir: str | None = option(
-        None, "rollout_engine=vllm-server: a folder that trainer and server both see, for the weights."
-    )
 
     # Prompts
     prompt_format: str = option(
@@ -182,6 +178,10 @@ class SimCTConfig(TrainingArguments):
             raise ValueError(f"teacher_mass_floor is {self.teacher_mass_floor}: expected a number in [0, 1], or none")
         if self.chunk_rows is not None and self.chunk_rows < 1:
             raise ValueError(f"chunk_rows is {self.chunk_rows}: expected at least 1, or none")
+        if self.units == "merged" and self.candidates == "disjoint":
+            raise ValueError(
+                "units is 'merged' and candidates is 'disjoint': expected candidates='paper' with merged units"
+            )
         self.sampling(end_ids=(0,), pad_id=0)  # checks its own settings
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}: expected at least 1, or none")

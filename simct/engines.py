@@ -15,10 +15,6 @@ def build_engine(
 
     Raises ValueError for an engine that is not installed, or that cannot serve this student.
     """
-    if args.rollout_engine.startswith("vllm"):
-        from simct.vllm_engine import build_vllm
-
-        return build_vllm(args, student, tokenizer)
 
     def make(model: PreTrainedModel) -> RolloutEngine:
         return make_engine(model, args.rollout_engine, tokenizer=tokenizer, kv_cache_gb=args.kv_cache_gb)

@@ -1,4 +1,4 @@
-"""What `SimCTTrainer.evaluate` measures on held-out prompts: the sequence reverse KL, and accuracy where records have an `answer`."""
+"""What `SimCTTrainer.evaluate` measures on held-out prompts: the sequence reverse KL, and accuracy where there are answers."""
 
 import itertools
 import time
@@ -107,5 +107,13 @@ def measure(trainer, dataset) -> dict[str, float]:
     if graded:
         from simct.grading import accuracy
 
-        metrics |= accuracy(graded)
+        found = accuracy(graded)
+        metrics |= {
+            "accuracy": found["pass@1"],
+            "accuracy_stderr": found["pass@1_stderr"],
+            "accuracy_any": found["pass@n"],
+            "accuracy_any_stderr": found["pass@n_stderr"],
+            "accuracy_prompts": found["prompts"],
+            "accuracy_samples": found["samples"],
+        }
     return {**metrics, "runtime": time.perf_counter() - started}

@@ -1,26 +1,35 @@
 """Which units are compared, and with which loss."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from simct.ablations import mask_longer, merge_randomly
 from simct.config import SimCTConfig
 from simct.faults import is_out_of_memory, release_memory
 from simct.pair import Alignment
-from simct_kernels import AlignedUnits, LMHead, SharedVocabulary, linear_simct_loss
+from simct_kernels import AlignedUnits, LMHead, SharedVocabulary, alm_loss, linear_simct_loss, uld_loss
 from simct_kernels.torch_plan import auto_rows
 
 Rows = tuple[Tensor, LMHead]  # hidden rows [N, H] and the head that they belong to
 
 
 def supervised_units(
-    alignment: Alignment, args: SimCTConfig, lengths: list[int], generator: torch.Generator
+    alignment: Alignment, args: SimCTConfig, lengths: list[int], end_ids: Sequence[int], generator: torch.Generator
 ) -> Alignment:
-    """The units that the run supervises, of all that were found. `lengths`: student tokens of each response."""
+    """The units that the run supervises, of all that were found.
+
+    `lengths`: student tokens of each response; `end_ids`: the student's ends of turn; `generator`: what is random is drawn from it,
+    a number for each unit, in order.
+    """
     if args.units == "single":
         alignment = alignment.single()
-    return alignment
+    elif args.units == "merged":
+        options = dict(response_lengths=lengths, end_ids=end_ids)
+        alignment = merge_randomly(alignment, args.merge_ratio, generator, **options)
+    return mask_longer(alignment, args.mask_longer, generator) if args.mask_longer else alignment
 
 
 def unit_loss(
@@ -53,5 +62,9 @@ def unit_loss(
 
 def _compute(student: Rows, teacher: Rows, units, shared, args: SimCTConfig, chunk_rows: int | None):
     rows = "auto" if chunk_rows is None else chunk_rows
+    if args.objective != "simct":
+        baseline = {"uld": uld_loss, "alm": alm_loss}[args.objective]
+        options = dict(temperature=args.loss_temperature, chunk_rows=rows, return_unit_losses=True)
+        return baseline(*student, *teacher, units, **options)
     options = {**args.loss_options(), "chunk_rows": rows}
     return linear_simct_loss(*student, *teacher, units, shared, **options, return_unit_losses=True)

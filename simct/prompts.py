@@ -105,16 +105,3 @@ def _render(
 def _short(value: Any, limit: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "..."
-
-
-def reference_answer(record: dict[str, Any]) -> str | None:
-    """The record's own answer: `completion`, or the last assistant turn of `messages`; None if it has none."""
-    completion = record.get("completion")
-    if isinstance(completion, str) and completion:
-        return completion
-    messages = record.get("messages")
-    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
-        last = messages[-1]
-        if last.get("role") == "assistant" and isinstance(last.get("content"), str) and last["content"]:
-            return last["content"]
-    return None

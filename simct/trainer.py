@@ -237,25 +237,29 @@ class SimCTTrainer(Trainer):
 
     def _score(self, parts: list[MicroBatch]) -> None:
         """The teachers' hidden rows of each part, and its alignment, made while the teacher runs."""
+        # One stream of random numbers through all parts, in order (one thread aligns): the draws
+        # do not depend on how the work is cut into calls.
+        seed = numbered_seed(self.args.seed, self.state.global_step + 1, self.args.process_index)
+        draws = generator(seed)
         for name, scorer in self.scorers.items():
             own = [part for part in parts if part.teacher == name]
             if not own:
                 continue
             with self.phase("teacher"), scorer.teacher.on_device():
                 for part in own:
-                    alignment = self._aligner.submit(self._align, part, scorer.pair)
+                    alignment = self._aligner.submit(self._align, part, scorer.pair, draws)
                     part.teacher_hidden = scorer.teacher.hidden_states(
                         part.samples.teacher_prompts, part.samples.teacher_responses
                     )
                     with self.phase("align"):  # what is left to wait for
                         part.alignment = alignment.result()
 
-    def _align(self, part: MicroBatch, pair: TokenizerPair):
+    def _align(self, part: MicroBatch, pair: TokenizerPair, draws: torch.Generator):
         disjoint = self.args.candidates == "disjoint"
         samples = part.samples
         alignment = pair.align_batch(samples.student_responses, samples.teacher_responses, disjoint=disjoint)
-        seed = numbered_seed(self.args.seed, self.state.global_step + 1, self.args.process_index)
-        return supervised_units(alignment, self.args, list(map(len, samples.student_responses)), generator(seed))
+        lengths = list(map(len, samples.student_responses))
+        return supervised_units(alignment, self.args, lengths, pair.student_end_ids, draws)
 
     # ---- The loss ----
 

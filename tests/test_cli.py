@@ -115,6 +115,81 @@ def test_inspect(simct, tmp_path):
     assert "SimCT by bytes" in simct("inspect", STUDENT, TEACHER)
 
 
+def test_train_an_adapter_on_parquet_with_graded_answers(simct, tmp_path, data):
+    from datasets import Dataset
+
+    rows = [{**json.loads(line), "answer": "7"} for line in data.read_text().splitlines()[:24]]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "prompts.parquet"))
+    adapter = json.dumps({"r": 4, "target_modules": ["q_proj", "v_proj"]})
+    simct(
+        "train", "--student", STUDENT, "--teacher", TEACHER, "--data", "prompts.parquet", "--output_dir", "lora",
+        "--eval_prompts", 4, "--eval_num_generations", 2, "--eval_temperature", 1, "--peft_config", adapter,
+        "--merge_adapter", "--logging_steps", 1, "--save_strategy", "no", *SMALL,
+    )  # fmt: skip
+    assert not (tmp_path / "lora" / "adapter_config.json").exists()  # merged
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "lora").state_dict()
+    first = AutoModelForCausalLM.from_pretrained(STUDENT).state_dict()
+    changed = {name for name in first if not torch.equal(first[name], merged[name])}
+    assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
+    assert (tmp_path / "lora" / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    history = json.loads((tmp_path / "lora" / "trainer_state.json").read_text())["log_history"]
+    (before, _) = (row for row in history if "eval_accuracy" in row)
+    assert 0 <= before["eval_accuracy"] <= 1 and before["eval_accuracy_prompts"] == 4
+    assert before["eval_accuracy_samples"] == 2 and before["eval_samples"] == 4
+    for phase in "rollout", "teacher", "student", "loss", "optimiser":
+        assert any(row.get(f"seconds/{phase}", 0) > 0 for row in history), phase
+
+
+def test_train_on_a_stream(simct, tmp_path, data):
+    options = ["--student", STUDENT, "--teacher", TEACHER, "--data", data, "--streaming", "--output_dir", "stream"]
+    simct("train", *options, "--logging_steps", 1, "--save_strategy", "no", *SMALL)
+    history = json.loads((tmp_path / "stream" / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in history if "loss" in row] == [1, 2]
+    output = simct("train", *options, *SMALL, "--max_steps", "-1", code=2)
+    assert "max_steps is -1, but train_dataset is streamed" in " ".join(output.split())
+
+
+@pytest.mark.parametrize(
+    "objective", [["--objective", "uld"], ["--objective", "alm"], ["--units", "merged"], ["--mask_longer", 1]]
+)
+def test_baselines_and_ablations_train(simct, tmp_path, data, objective):
+    options = ["--student", STUDENT, "--teacher", TEACHER, "--data", data, "--output_dir", "run", *objective]
+    simct("train", *options, "--logging_steps", 1, "--save_strategy", "no", *SMALL)
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    rows = [row for row in history if "loss" in row]
+    assert all(row["loss"] > 0 and row["grad_norm"] > 0 for row in rows)
+    if "--mask_longer" in objective:
+        assert all(row["tokens/longer"] == 0 and row["unsupervised/masked_longer_unit"] > 0 for row in rows)
+
+
+def test_a_recipe_is_shown_found_and_dry_run(simct, tmp_path, data):
+    assert "qwen2.5-7b_gemma-2-2b/distil" in simct("recipes")
+    assert simct("recipes", "qwen2.5-7b_gemma-2-2b/sft").strip().endswith("qwen2.5-7b_gemma-2-2b/sft.yaml")
+    assert "did you mean qwen2.5-7b_gemma-2-2b/distil" in " ".join(
+        simct("recipes", "qwen2.5-7b_gemma-2-2b/distill", code=2).split()
+    )
+    recipe = ["--recipe", "qwen2.5-7b_gemma-2-2b/distil", "--student", STUDENT, "--teacher", TEACHER, "--data", data]
+    shorter = ["--max_new_tokens", 64, "--output_dir", "dry", "--use_cpu", "--bf16", "false", "--dry-run"]
+    with pytest.raises(SystemExit) as end:
+        simct("train", *recipe, *shorter)
+    assert end.value.code == 0
+    with pytest.raises(SystemExit) as end:
+        simct("train", *recipe, *shorter, "--assume_memory_gb", 0.001)
+    assert end.value.code == 1
+    assert not (tmp_path / "dry" / "model.safetensors").exists()
+
+
+def test_answers_are_written(simct, tmp_path, data):
+    (tmp_path / "few.jsonl").write_text("\n".join(data.read_text().splitlines()[:6]))
+    output = simct(
+        "answers", "--model", TEACHER, "--data", "few.jsonl", "--output", "answers.jsonl", "--samples", 2,
+        "--max_new_tokens", 48, "--dtype", "float32", "--temperature", 1,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert rows and all(row["messages"][-1]["role"] == "assistant" for row in rows)
+    assert "answers: answers.jsonl" in output
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -129,6 +204,9 @@ def test_inspect(simct, tmp_path):
         ({"--eval_prompts": "800"}, "eval_prompts is 800"),
         ({"--resume_from_checkpoint": "latest"}, "resume_from_checkpoint is 'latest'"),
         ({"--model_init_kwargs": '{"dtype": "floaty"}'}, "student"),
+        ({"--recipe": "gemma"}, "recipe 'gemma' does not exist"),
+        ({"--peft_config": "lora"}, "peft_config is 'lora': expected a JSON object"),
+        ({"--merge_adapter": "true"}, "merge_adapter is True, but there is no peft_config"),
         ({"--teacher_model_init_kwargs": "{dtype}"}, "teacher_model_init_kwargs is '{dtype}'"),
     ],
 )
