@@ -109,7 +109,7 @@ def read_data(run: RunArguments, config):
     """The records to train on and the held-out ones (None if there are none)."""
     from simct.data import load_records
 
-    options = dict(on_bad_row=config.on_bad_row, report=lambda text: console.print(text, style="yellow", markup=False))
+    options = dict(on_bad_row=config.on_bad_row)  # what is skipped is a warning
     records = load_records(run.data, split=run.data_split, streaming=run.streaming, **options)
     if run.streaming and run.eval_prompts:
         raise ValueError(f"eval_prompts is {run.eval_prompts}, but the data are streamed: expected eval_data")
