@@ -15,10 +15,10 @@ except ImportError:  # early 5.x: parameters are named as in the checkpoint
 def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every weight and persistent buffer of a causal language model, tied ones once.
 
-    `model`: a transformers model, also behind PEFT, DDP or torch.compile. PEFT: the merged weights, layer by layer (one layer's copy
-    at a time), with the base weights bit for bit as they were afterwards. FSDP2: the whole tensor of each shard, a collective call, so
-    that every process must exhaust the iterator. Tensors have the dtype and device of the model and are detached; they may be the
-    model's own memory, so load or copy them before the next optimizer step.
+    `model`: a transformers model, also behind PEFT, DDP or torch.compile. PEFT: the merged weights, a copy of one layer at a time,
+    with the base weights bit for bit as they were afterwards. FSDP2: each shard's whole tensor, a collective call, so that every
+    process must exhaust the iterator. Tensors have the dtype and device of the model and are detached; they may be the model's own
+    memory, so load or copy them before the next optimizer step.
 
     Raises ValueError for a model whose weights no plain checkpoint of its configuration can hold: quantised weights, adapters that
     act by extra prompt tokens, a head trained apart from the embedding that its configuration ties it to.
@@ -52,7 +52,9 @@ def _check(model: nn.Module, base: nn.Module) -> None:
             "sample from a quantised student with the transformers engines"
         )
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError(f"{name} has a prompt-learning adapter, which cannot be merged into its weights: expected LoRA or like")
+        raise ValueError(
+            f"{name} has a prompt-learning adapter, which cannot be merged into its weights: expected LoRA or like"
+        )
 
 
 def _distinct(base: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -78,11 +80,15 @@ def _tensors(module: nn.Module, prefix: str, ends: set[int]) -> Iterator[tuple[s
     kind = _adapter_kind(module)
     if kind == "tuner":
         if id(module) in ends:
-            raise ValueError(f"{prefix[:-1]} has an adapter of its own, but the configuration ties embedding and head: expected neither")
+            raise ValueError(
+                f"{prefix[:-1]} has an adapter of its own, but the configuration ties embedding and head: expected neither"
+            )
         yield from _merged(module, prefix, ends)
         return
     if kind == "whole":  # modules_to_save: a trained copy beside the original
-        chosen = module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
+        chosen = (
+            module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
+        )
         yield from _tensors(chosen, prefix, ends)
         return
     if kind == "tokens":

@@ -1,7 +1,7 @@
 """The student's samples from a vLLM inside the training process (`ColocatedVLLM`). `simct.vllm_server` has the one outside.
 
-Both go through vLLM's own interfaces. TRL's `trl.generation` classes do not serve here: they need a CUDA device (NCCL) to move weights
-and know one seed a call, where the same weights and seed must give the same sample of each prompt.
+Both go through vLLM's own interfaces. TRL's `trl.generation` classes do not serve here: they move weights to a server by NCCL alone,
+which needs CUDA, and know no seed for each prompt, where the same weights and seed must give the same samples.
 """
 
 import os
@@ -60,7 +60,9 @@ class ColocatedVLLM:
         try:
             from vllm import LLM
         except ImportError as error:
-            raise ImportError(f"vLLM is not installed ({error}): pip install 'simct[vllm]', or take another engine") from error
+            raise ImportError(
+                f"vLLM is not installed ({error}): pip install 'simct[vllm]', or take another engine"
+            ) from error
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             engine_arguments.setdefault("distributed_executor_backend", "external_launcher")
         optional = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
@@ -136,8 +138,8 @@ def colocated_from_model(
 ) -> ColocatedVLLM:
     """An engine with the weights that the live `model` has now (PEFT: merged), for a student that no folder holds.
 
-    They go through `folder` (new or empty, one a process), and stay there in `student`; without one, through a temporary folder that is
-    gone when this returns. `options`: those of `ColocatedVLLM`.
+    They go through `folder` (new or empty, one a process), and stay there in `student`; without one, through a temporary folder that
+    is gone when this returns. `options`: those of `ColocatedVLLM`.
     """
     if folder is not None and Path(folder).exists() and any(Path(folder).iterdir()):
         raise ValueError(f"folder {os.fspath(folder)!r} is not empty: expected a new one")
@@ -166,7 +168,7 @@ def _environment() -> None:
 
 @contextmanager
 def process_state() -> Iterator[None]:
-    """vLLM seeds the process's random generators when it starts, and on a CPU it takes `torch.set_num_threads` away: both come back."""
+    """vLLM seeds the process's random generators when it starts, and takes `torch.set_num_threads` away on a CPU: both come back."""
     threads, python, array = torch.set_num_threads, random.getstate(), numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):

@@ -38,7 +38,9 @@ def request_settings(sampling: Sampling, seed: int) -> dict[str, Any]:
     }
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], sampling: Sampling, max_model_len: int, vocab_size: int | None) -> None:
+def check_prompts(
+    prompts: Sequence[Sequence[int]], sampling: Sampling, max_model_len: int, vocab_size: int | None
+) -> None:
     """ValueError for a prompt that vLLM would refuse, or whose response it would cut short without a word."""
     for i, prompt in enumerate(prompts):
         if not len(prompt):
@@ -71,5 +73,7 @@ def to_response(
             f"{token_ids[-3:]}: expected one of {list(sampling.end_ids)} last exactly for 'stop', or a stop string, or 'length'"
         )
     if logprobs is not None and len(logprobs) != len(token_ids):
-        raise RuntimeError(f"vLLM gave {len(logprobs)} log-probabilities to {len(token_ids)} tokens: expected one to each")
+        raise RuntimeError(
+            f"vLLM gave {len(logprobs)} log-probabilities to {len(token_ids)} tokens: expected one to each"
+        )
     return Response(token_ids, reason, logprobs)

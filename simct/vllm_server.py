@@ -6,8 +6,8 @@ The server is vLLM's own (seen working: 0.32):
 
 Development mode opens the routes that change weights; it is for machines that only the training can reach.
 
-Weights travel through files: written by the training into `sync_folder`, read by the server's `reload_weights`. So both must see one
-file system under one path; a folder in memory (/dev/shm) is the fast choice on one machine.
+Weights travel through files: written by the training into `sync_folder`, read by the server's `reload_weights`. So both must see
+one file system under one path; a folder in memory (/dev/shm) is the fast choice on one machine.
 """
 
 import os
@@ -73,7 +73,9 @@ class ServedVLLM:
         if not base_url.startswith(("http://", "https://")) or base_url.rstrip("/").endswith("/v1"):
             raise ValueError(f"base_url is {base_url!r}: expected 'http://HOST:PORT', without '/v1'")
         if concurrency < 1 or timeout <= 0:
-            raise ValueError(f"concurrency is {concurrency} and timeout {timeout}: expected at least 1, and more than 0 seconds")
+            raise ValueError(
+                f"concurrency is {concurrency} and timeout {timeout}: expected at least 1, and more than 0 seconds"
+            )
         try:
             import requests
         except ImportError as error:
@@ -113,8 +115,8 @@ class ServedVLLM:
                 raise
 
     def update_weights(self, model: PreTrainedModel) -> None:
-        """Writes the current weights of `model` and has the server load them, between two requests. Every training process must call
-        it; one of them writes.
+        """Writes the current weights of `model` and has the server load them, between two requests. Every training process must
+        call it; one of them writes.
 
         Raises ValueError for a model of another vocabulary or without plain weights (`checkpoint_weights`); ConnectionError,
         TimeoutError or RuntimeError if the server does not load them: its weights are then in no known state.
@@ -151,7 +153,9 @@ class ServedVLLM:
                 rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
                 self._post("/collective_rpc", json=rpc)
                 if not self._post("/reset_prefix_cache").get("success", True):
-                    raise RuntimeError(f"{self.base_url} did not empty its prefix cache: old weights would go on speaking")
+                    raise RuntimeError(
+                        f"{self.base_url} did not empty its prefix cache: old weights would go on speaking"
+                    )
             finally:
                 self._post("/resume")
 
@@ -175,7 +179,9 @@ class ServedVLLM:
         )
         (choice,) = answer["choices"]
         if choice.get("token_ids") is None:
-            raise RuntimeError(f"{self.base_url} returned text without token ids: expected a vLLM that knows return_token_ids")
+            raise RuntimeError(
+                f"{self.base_url} returned text without token ids: expected a vLLM that knows return_token_ids"
+            )
         logprobs = choice["logprobs"]["token_logprobs"] if choice.get("logprobs") else None
         return to_response(choice["token_ids"], choice["finish_reason"], choice.get("stop_reason"), logprobs, sampling)
 
@@ -215,14 +221,19 @@ class ServedVLLM:
                 f"{self.base_url} does not open vLLM's development routes ({error}): expected a server started with {COMMAND}"
             ) from error
         config = answer.json()["vllm_config"]["model_config"]
-        wanted = {"logprobs_mode": ("raw_logprobs", "--logprobs-mode"), "generation_config": ("vllm", "--generation-config")}
+        wanted = {
+            "logprobs_mode": ("raw_logprobs", "--logprobs-mode"),
+            "generation_config": ("vllm", "--generation-config"),
+        }
         for setting, (value, option) in wanted.items():
             if config.get(setting, value) != value:
                 raise ValueError(
                     f"{setting} of {self.base_url} is {config[setting]!r}: expected a server started with {option} {value}"
                 )
         if self._call("GET", "/is_paused").json().get("is_paused"):
-            warnings.warn(f"{self.base_url} was left paused, by a run killed while it changed weights; going on", stacklevel=3)
+            warnings.warn(
+                f"{self.base_url} was left paused, by a run killed while it changed weights; going on", stacklevel=3
+            )
             self._post("/resume")
 
     def _check_vocabulary(self, size: int) -> None:
@@ -242,13 +253,17 @@ class ServedVLLM:
         answer = self._call("POST", route, **arguments)
         return answer.json() if answer.content else {}
 
-    def _call(self, method: str, route: str, *, fine: tuple[int, ...] = (200,), timeout: float | None = None, **arguments):
+    def _call(
+        self, method: str, route: str, *, fine: tuple[int, ...] = (200,), timeout: float | None = None, **arguments
+    ):
         errors, seconds = self._requests.exceptions, timeout if timeout is not None else self.timeout
         url = self.base_url + route
         try:
             answer = self._session.request(method, url, timeout=(min(seconds, 10), seconds), **arguments)
         except errors.Timeout as error:
-            raise TimeoutError(f"{url} did not answer within {seconds:g} seconds: is the server overloaded or stuck?") from error
+            raise TimeoutError(
+                f"{url} did not answer within {seconds:g} seconds: is the server overloaded or stuck?"
+            ) from error
         except errors.RequestException as error:
             raise ConnectionError(f"no vLLM server answers at {url} ({error}): start one with {COMMAND}") from error
         if answer.status_code not in fine:

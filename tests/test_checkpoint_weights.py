@@ -16,7 +16,7 @@ def lora(model, **options):
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, **{"target_modules": ["q_proj", "down_proj"], **options}))
     torch.manual_seed(0)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return adapted
@@ -49,7 +49,13 @@ def test_wrappers_do_not_show(demo_student, wrap):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_dora": True}, {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}, {"trainable_token_indices": [5, 6]}]
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
+        {"trainable_token_indices": [5, 6]},
+    ],
 )
 def test_adapters_are_merged_and_the_model_stays_as_it_was(demo_student, options):
     names = [name for name, _ in checkpoint_weights(demo_student)]

@@ -44,6 +44,13 @@ def sampling(demo_tokenizers):
     return settings
 
 
+@pytest.fixture
+def student(demo_student, engine):
+    """A fresh student, and the engine (a fixture of the test's module) with its weights."""
+    engine.update_weights(demo_student)
+    return demo_student
+
+
 @pytest.fixture(scope="session")
 def server_url(tmp_path_factory):
     """A vLLM server of the demo student, killed afterwards with all its processes."""

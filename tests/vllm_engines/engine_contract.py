@@ -6,15 +6,10 @@ import torch
 from .conftest import MAX_MODEL_LEN, greedy, own_logprobs, plain, take_steps
 
 
-@pytest.fixture
-def student(demo_student, engine):
-    """A fresh student, and the engine with its weights."""
-    engine.update_weights(demo_student)
-    return demo_student
-
-
 class EngineContract:
-    def test_greedy_responses_are_those_of_transformers_before_and_after_steps(self, engine, student, prompts, sampling):
+    def test_greedy_responses_are_those_of_transformers_before_and_after_steps(
+        self, engine, student, prompts, sampling
+    ):
         settings = sampling(temperature=0.0)
         before = engine.generate(prompts, settings, seed=0)
         assert plain(before) == greedy(student, prompts, settings)
@@ -41,7 +36,7 @@ class EngineContract:
         first = engine.generate(prompts, sampling(), seed=7)
         assert plain(first) == plain(engine.generate(prompts, sampling(), seed=7))
         assert plain(first) != plain(engine.generate(prompts, sampling(), seed=8))
-        # The same prompt twice in a batch (samples per prompt) is drawn twice, and a neighbouring seed is not the same draws moved by one.
+        # A repeated prompt (samples per prompt) is drawn anew, and the next seed is not the same draws moved by one.
         again = engine.generate([prompts[1]] * 4, sampling(), seed=0)
         assert len({tuple(r.token_ids) for r in again}) > 1
         assert plain(again)[1:] != plain(engine.generate([prompts[1]] * 4, sampling(), seed=1))[:-1]
@@ -67,7 +62,9 @@ class EngineContract:
             own = own_logprobs(student, prompt, response.token_ids)
             torch.testing.assert_close(torch.tensor(response.logprobs), own, atol=1e-3, rtol=0)
 
-    def test_responses_end_with_an_end_token_or_run_out_of_budget(self, engine, student, prompts, sampling, demo_tokenizers):
+    def test_responses_end_with_an_end_token_or_run_out_of_budget(
+        self, engine, student, prompts, sampling, demo_tokenizers
+    ):
         tokenizer = demo_tokenizers[0]
         comma = tokenizer.convert_tokens_to_ids(",")
         settings = sampling(end_ids=(tokenizer.eos_token_id, comma), max_new_tokens=16)
@@ -95,7 +92,9 @@ class EngineContract:
     def test_stop_strings_end_a_response(self, engine, student, prompts, sampling, demo_tokenizers):
         tokenizer = demo_tokenizers[0]
         settings = sampling(temperature=0.0)
-        i, full = next((i, r.token_ids) for i, r in enumerate(engine.generate(prompts, settings, seed=0)) if len(r.token_ids) > 8)
+        i, full = next(
+            (i, r.token_ids) for i, r in enumerate(engine.generate(prompts, settings, seed=0)) if len(r.token_ids) > 8
+        )
         text = tokenizer.decode(full[:6])
         stop = text[-4:]
         (response,) = engine.generate([prompts[i]], sampling(temperature=0.0, stop_strings=(stop,)), seed=0)
@@ -106,7 +105,9 @@ class EngineContract:
 
     def test_prompts_that_cannot_be_answered_are_refused(self, engine, prompts, sampling):
         too_long = prompts[0] * (MAX_MODEL_LEN // len(prompts[0]))
-        with pytest.raises(ValueError, match=rf"prompts\[1\] has {len(too_long)} tokens.*max_model_len, {MAX_MODEL_LEN}"):
+        with pytest.raises(
+            ValueError, match=rf"prompts\[1\] has {len(too_long)} tokens.*max_model_len, {MAX_MODEL_LEN}"
+        ):
             engine.generate([prompts[0], too_long], sampling(), seed=0)
         with pytest.raises(ValueError, match=r"prompts\[0\] is empty"):
             engine.generate([[]], sampling(), seed=0)

@@ -9,7 +9,7 @@ from simct.demo import ASSETS
 from simct.vllm_engine import ColocatedVLLM, colocated_from_model
 
 from .conftest import MAX_MODEL_LEN, greedy, plain, take_steps
-from .engine_contract import EngineContract, student  # noqa: F401  (a fixture)
+from .engine_contract import EngineContract
 
 pytestmark = pytest.mark.vllm
 PROCESS = {}
@@ -26,10 +26,17 @@ def made(demo_tokenizers):
     expected = (torch.rand(1).item(), random.random(), numpy.random.rand())
     torch.manual_seed(5), random.seed(5), numpy.random.seed(5)
     engine = colocated_from_model(
-        model, demo_tokenizers[0], max_model_len=MAX_MODEL_LEN, dtype="float32", max_num_seqs=64, gpu_memory_utilization=0.2
+        model,
+        demo_tokenizers[0],
+        max_model_len=MAX_MODEL_LEN,
+        dtype="float32",
+        max_num_seqs=64,
+        gpu_memory_utilization=0.2,
     )
     drawn = (torch.rand(1).item(), random.random(), numpy.random.rand())
-    PROCESS.update(threads=torch.get_num_threads() == threads, setter=torch.set_num_threads is setter, random=drawn == expected)
+    PROCESS.update(
+        threads=torch.get_num_threads() == threads, setter=torch.set_num_threads is setter, random=drawn == expected
+    )
     yield engine, model
     engine.close()
 

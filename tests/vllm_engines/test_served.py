@@ -5,7 +5,7 @@ import pytest
 from simct.vllm_server import ServedVLLM
 
 from .conftest import MAX_MODEL_LEN, greedy, plain
-from .engine_contract import EngineContract, student  # noqa: F401  (a fixture)
+from .engine_contract import EngineContract
 
 pytestmark = pytest.mark.vllm
 
@@ -36,7 +36,7 @@ def test_an_unknown_model_name_is_refused(server_url):
         ServedVLLM(server_url, model_name="other")
 
 
-def test_a_server_left_paused_goes_on(server_url, engine, student, prompts, sampling):  # noqa: F811
+def test_a_server_left_paused_goes_on(server_url, engine, student, prompts, sampling):
     engine._post("/pause", params={"mode": "wait"})
     with pytest.warns(UserWarning, match="left paused"):
         again = ServedVLLM(server_url)
@@ -44,7 +44,9 @@ def test_a_server_left_paused_goes_on(server_url, engine, student, prompts, samp
     assert plain(again.generate(prompts, settings, seed=0)) == greedy(student, prompts, settings)
 
 
-def test_files_of_weights_are_read_from_the_given_folder_and_removed(engine, server_url, student, prompts, sampling, tmp_path):  # noqa: F811
+def test_files_of_weights_are_read_from_the_given_folder_and_removed(
+    engine, server_url, student, prompts, sampling, tmp_path
+):
     folder = tmp_path / "deep" / "sync"
     seen, done = [], threading.Event()
 
