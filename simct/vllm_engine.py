@@ -1,7 +1,7 @@
 """The student's samples from a vLLM inside the training process (`ColocatedVLLM`). `simct.vllm_server` has the one outside.
 
-Both go through vLLM's own interfaces. TRL's `trl.generation` classes do not serve here: they move weights to a server by NCCL alone,
-which needs CUDA, and know no seed for each prompt, where the same weights and seed must give the same samples.
+Both go through vLLM's own interfaces. TRL's `trl.generation` classes do not serve here: they move weights to a server by NCCL
+alone, which needs CUDA, and know no seed for each prompt, where the same weights and seed must give the same samples.
 """
 
 import os
@@ -94,16 +94,14 @@ class ColocatedVLLM:
         # A prompt found in the cache is computed in other pieces than one that is not: the last bits, and so a sample, could depend
         # on what was asked before. The cache still serves the repeated prompts of one call.
         self.llm.reset_prefix_cache()
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-            [
-                SamplingParams(
-                    **request_settings(sampling, request_seed(seed, i)), detokenize=bool(sampling.stop_strings)
-                )
-                for i in range(len(prompts))
-            ],
-            use_tqdm=False,
-        )
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        text = bool(sampling.stop_strings)  # nothing else needs it
+        settings = [
+            SamplingParams(**request_settings(sampling, request_seed(seed, i)), detokenize=text)
+            for i in range(len(prompts))
+        ]
+        with process_state():
+            outputs = self.llm.generate(requests, settings, use_tqdm=False)
         responses = []
         for output in outputs:
             (sample,) = output.outputs
@@ -138,8 +136,8 @@ def colocated_from_model(
 ) -> ColocatedVLLM:
     """An engine with the weights that the live `model` has now (PEFT: merged), for a student that no folder holds.
 
-    They go through `folder` (new or empty, one a process), and stay there in `student`; without one, through a temporary folder that
-    is gone when this returns. `options`: those of `ColocatedVLLM`.
+    They go through `folder` (new or empty, one a process), and stay there in `student`; without one, through a temporary folder
+    that is gone when this returns. `options`: those of `ColocatedVLLM`.
     """
     if folder is not None and Path(folder).exists() and any(Path(folder).iterdir()):
         raise ValueError(f"folder {os.fspath(folder)!r} is not empty: expected a new one")
@@ -168,7 +166,7 @@ def _environment() -> None:
 
 @contextmanager
 def process_state() -> Iterator[None]:
-    """vLLM seeds the process's random generators when it starts, and takes `torch.set_num_threads` away on a CPU: both come back."""
+    """vLLM seeds and draws from the process's random generators and, on a CPU, takes `torch.set_num_threads` away: both come back."""
     threads, python, array = torch.set_num_threads, random.getstate(), numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):

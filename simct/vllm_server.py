@@ -15,6 +15,7 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +151,18 @@ class ServedVLLM:
             write_weights(weights, folder, dtype=self.sync_dtype)
             self._post("/pause", params={"mode": "wait"})
             try:
-                rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-                self._post("/collective_rpc", json=rpc)
+                self._post(
+                    "/collective_rpc", json={"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+                )
                 if not self._post("/reset_prefix_cache").get("success", True):
-                    raise RuntimeError(
-                        f"{self.base_url} did not empty its prefix cache: old weights would go on speaking"
-                    )
-            finally:
-                self._post("/resume")
+                    raise RuntimeError(f"{self.base_url} did not empty its prefix cache, which old weights have filled")
+            except BaseException:
+                with suppress(
+                    ConnectionError, TimeoutError, RuntimeError
+                ):  # a failed load can end a server: say the first error
+                    self._post("/resume")
+                raise
+            self._post("/resume")
 
     def _sync_root(self) -> Path | None:
         if self.sync_folder is None:

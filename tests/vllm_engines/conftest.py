@@ -1,4 +1,7 @@
-"""A real vLLM, without a GPU: in this process, and as a server in another. `.ci/vllm_env` makes the environment."""
+"""A real vLLM, without a GPU: in this process, and as a server in another. `.ci/vllm_env` makes the environment.
+
+(The folder is not called `vllm`: with `tests` on the import path it would be found in place of the library.)
+"""
 
 import importlib.util
 import os
@@ -10,6 +13,7 @@ import time
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from simct.demo import ASSETS
 from simct.prompts import render_prompt
@@ -44,15 +48,27 @@ def sampling(demo_tokenizers):
     return settings
 
 
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory, demo_tokenizers):
+    """The demo student without Gemma-2's soft cap on attention scores: vLLM's CPU kernel computes that cap only to about 1e-2 of a
+    log-probability, where everything else agrees with transformers to 1e-5."""
+    folder = tmp_path_factory.mktemp("student")
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "student", dtype=torch.float32, attn_logit_softcapping=None)
+    model.save_pretrained(folder)
+    demo_tokenizers[0].save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def student(demo_student, engine):
+def student(student_folder, engine):
     """A fresh student, and the engine (a fixture of the test's module) with its weights."""
-    engine.update_weights(demo_student)
-    return demo_student
+    model = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
+    engine.update_weights(model)
+    return model
 
 
 @pytest.fixture(scope="session")
-def server_url(tmp_path_factory):
+def server_url(tmp_path_factory, student_folder):
     """A vLLM server of the demo student, killed afterwards with all its processes."""
     pytest.importorskip("vllm")
     with socket.socket() as free:
@@ -60,7 +76,7 @@ def server_url(tmp_path_factory):
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
     options = {
-        "--model": str(ASSETS / "student"),
+        "--model": str(student_folder),
         "--served-model-name": "student",
         "--host": "127.0.0.1",
         "--port": str(port),

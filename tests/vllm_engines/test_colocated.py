@@ -5,7 +5,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from simct.demo import ASSETS
 from simct.vllm_engine import ColocatedVLLM, colocated_from_model
 
 from .conftest import MAX_MODEL_LEN, greedy, plain, take_steps
@@ -16,10 +15,10 @@ PROCESS = {}
 
 
 @pytest.fixture(scope="module")
-def made(demo_tokenizers):
+def made(demo_tokenizers, student_folder):
     """An engine made of a student that no folder holds, and that student."""
     pytest.importorskip("vllm")
-    model = AutoModelForCausalLM.from_pretrained(ASSETS / "student", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
     take_steps(model)
     threads, setter = torch.get_num_threads(), torch.set_num_threads
     torch.manual_seed(5), random.seed(5), numpy.random.seed(5)
