@@ -166,7 +166,7 @@ def _environment() -> None:
 
 @contextmanager
 def process_state() -> Iterator[None]:
-    """vLLM seeds and draws from the process's random generators and, on a CPU, takes `torch.set_num_threads` away: both come back."""
+    """vLLM seeds and uses the process's random generators and, on a CPU, takes `torch.set_num_threads` away: both come back."""
     threads, python, array = torch.set_num_threads, random.getstate(), numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):

@@ -1,4 +1,4 @@
-"""The vLLM engines without a vLLM: requests, answers, and servers that are not what they should be. `vllm_engines` has a real one."""
+"""The vLLM engines without a vLLM: requests, answers, servers that are not what they should be. `vllm_engines` has a real one."""
 
 import json
 import threading
