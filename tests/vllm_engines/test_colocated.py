@@ -1,0 +1,72 @@
+import random
+
+import numpy
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from simct.vllm_engine import ColocatedVLLM, colocated_from_model
+
+from .conftest import MAX_MODEL_LEN, greedy, plain, take_steps
+from .engine_contract import EngineContract
+
+pytestmark = pytest.mark.vllm
+PROCESS = {}
+
+
+@pytest.fixture(scope="module")
+def made(demo_tokenizers, student_folder):
+    """An engine made of a student that no folder holds, and that student."""
+    pytest.importorskip("vllm")
+    model = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
+    take_steps(model)
+    threads, setter = torch.get_num_threads(), torch.set_num_threads
+    torch.manual_seed(5), random.seed(5), numpy.random.seed(5)
+    expected = (torch.rand(1).item(), random.random(), numpy.random.rand())
+    torch.manual_seed(5), random.seed(5), numpy.random.seed(5)
+    engine = colocated_from_model(
+        model,
+        demo_tokenizers[0],
+        max_model_len=MAX_MODEL_LEN,
+        dtype="float32",
+        max_num_seqs=64,
+        gpu_memory_utilization=0.2,
+    )
+    drawn = (torch.rand(1).item(), random.random(), numpy.random.rand())
+    PROCESS.update(
+        threads=torch.get_num_threads() == threads, setter=torch.set_num_threads is setter, random=drawn == expected
+    )
+    yield engine, model
+    engine.close()
+
+
+@pytest.fixture
+def engine(made):
+    return made[0]
+
+
+def test_starts_with_the_live_models_weights(made, prompts, sampling):
+    engine, model = made
+    settings = sampling(temperature=0.0)
+    assert plain(engine.generate(prompts, settings, seed=0)) == greedy(model, prompts, settings)
+
+
+def test_leaves_the_process_as_it_was(made):
+    assert PROCESS == {"threads": True, "setter": True, "random": True}
+
+
+def test_sampling_does_not_draw_from_the_processs_generators(engine, prompts, sampling):
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    engine.generate(prompts, sampling(), seed=0)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_folder_without_a_model_is_refused(made, tmp_path):
+    with pytest.raises(ValueError, match="vLLM cannot serve"):
+        ColocatedVLLM(tmp_path, max_model_len=MAX_MODEL_LEN)
+
+
+class TestColocated(EngineContract):
+    pass
