@@ -40,6 +40,7 @@ setup(
             # An independent implementation of the one-vocabulary case, to be equal to.
             "trl>=1.16",
             "math-verify[antlr4_11_0]>=0.8",
+            "requests>=2.31",  # the client of a vLLM server, against servers of the tests' own
         ],
         "math": ["math-verify[antlr4_11_0]>=0.8"],  # grades answers: boxed, LaTeX, numbers
         "eval": ["lm-eval[hf]>=0.4.13"],  # simct eval
@@ -56,6 +57,7 @@ setup(
         "flash": ["flash-attn>=2.7"],
         "triton": ["triton>=3.4"],  # torch's CUDA and ROCm builds bring it
         "peft": ["peft>=0.17"],
+        "vllm": ["vllm>=0.32", "requests>=2.31"],
     },
     entry_points={"console_scripts": ["simct = simct.cli:main"]},
 )

@@ -65,6 +65,13 @@ class SimCTConfig(TrainingArguments):
     max_logprob_gap: float = option(
         0.2, "Warn if the engine's log-probabilities of its samples are this far from the trainer's own, on average."
     )
+    vllm_gpu_memory_utilization: float | None = option(
+        None, "rollout_engine=vllm, in this process: its share of the GPU's memory."
+    )
+    vllm_server_url: str | None = option(None, "rollout_engine=vllm-server: where it listens, http://host:port.")
+    vllm_sync_dir: str | None = option(
+        None, "rollout_engine=vllm-server: a folder that trainer and server both see, for the weights."
+    )
 
     # Prompts
     prompt_format: str = option(
@@ -178,6 +185,10 @@ class SimCTConfig(TrainingArguments):
             raise ValueError(f"teacher_mass_floor is {self.teacher_mass_floor}: expected a number in [0, 1], or none")
         if self.chunk_rows is not None and self.chunk_rows < 1:
             raise ValueError(f"chunk_rows is {self.chunk_rows}: expected at least 1, or none")
+        if self.rollout_engine == "vllm-server" and not self.vllm_server_url:
+            raise ValueError(
+                "rollout_engine is 'vllm-server', but vllm_server_url is not given: expected http://host:port"
+            )
         if self.units == "merged" and self.candidates == "disjoint":
             raise ValueError(
                 "units is 'merged' and candidates is 'disjoint': expected candidates='paper' with merged units"

@@ -16,6 +16,14 @@ def build_engine(
     Raises ValueError for an engine that is not installed, or that cannot serve this student.
     """
 
+    if args.rollout_engine == "vllm":
+        return colocated_vllm(args, student, tokenizer)
+    if args.rollout_engine == "vllm-server":
+        from simct.vllm_server import ServedVLLM
+
+        vocabulary = student.config.get_text_config(decoder=True).vocab_size
+        return ServedVLLM(args.vllm_server_url, vocab_size=vocabulary, sync_folder=args.vllm_sync_dir)
+
     def make(model: PreTrainedModel) -> RolloutEngine:
         return make_engine(model, args.rollout_engine, tokenizer=tokenizer, kv_cache_gb=args.kv_cache_gb)
 
@@ -23,6 +31,21 @@ def build_engine(
     if dtype is None and sharded:
         dtype = student.dtype
     return make(student) if dtype is None else CopiedStudent(student, dtype, make)
+
+
+def colocated_vllm(args: SimCTConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:
+    """vLLM in this process. ValueError where it is not installed."""
+    try:
+        from simct.vllm_engine import colocated_from_model
+    except ImportError as error:
+        raise ValueError(
+            f"rollout_engine is 'vllm', but vLLM cannot be imported ({error}): pip install 'simct[vllm]'"
+        ) from error
+    dtype = args.rollout_dtype or ("bfloat16" if args.bf16 else str(student.dtype).removeprefix("torch."))
+    options = (
+        {} if args.vllm_gpu_memory_utilization is None else {"gpu_memory_utilization": args.vllm_gpu_memory_utilization}
+    )
+    return colocated_from_model(student, tokenizer, dtype=dtype, **options)
 
 
 def rollout_dtype(args: SimCTConfig, student: PreTrainedModel) -> torch.dtype | None:

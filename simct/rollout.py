@@ -20,7 +20,8 @@ try:
 except ImportError:  # early 5.x: its continuous batching has another interface, static batches serve
     ContinuousBatchingConfig = None
 
-ENGINES = ("auto", "continuous", "static")
+IN_PROCESS = ("auto", "continuous", "static")  # with the student's own weights
+ENGINES = (*IN_PROCESS, "vllm", "vllm-server")
 
 
 @dataclass(frozen=True)
@@ -314,8 +315,8 @@ def make_engine(
 
     Raises ValueError for an unknown name, or for "continuous" with a model that transformers cannot serve so.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"rollout_engine is {engine!r}: expected one of {', '.join(ENGINES)}")
+    if engine not in IN_PROCESS:
+        raise ValueError(f"rollout_engine is {engine!r}: expected one of {', '.join(IN_PROCESS)}")
     if hasattr(model, "get_base_model"):  # PEFT: the adapters are inside the base model's layers
         model = model.get_base_model()
     if engine == "static" or (engine == "auto" and model.device.type == "cpu"):
