@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from simct import options
 from simct.cli import main
 from simct.demo import ASSETS
 
@@ -29,6 +30,8 @@ SMALL = [
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "160")
+    for console in options.console, options.errors:  # made at import; a dumb terminal does not ask for COLUMNS again
+        monkeypatch.setattr(console, "_width", 160)
     monkeypatch.chdir(tmp_path)
 
 
