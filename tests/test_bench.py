@@ -290,9 +290,7 @@ def test_quick_run(tmp_path):
     assert any(row["agrees"] == "yes" for row in results)
     liger = [row for row in results if row["method"].startswith("Liger")]
     assert liger and all(row["note"] for row in liger)  # it needs a GPU
-    # Last in the order: a machine busy with other work may have no time left for it, and then the row says so.
-    micro = [row for row in results if row["case"] == "micro"]
-    assert micro and all(row["median_s"] or "no time left" in row["note"] for row in micro)
+    assert any(row["case"] == "micro" and row["median_s"] for row in results)
     for name in ("scaling", "comparison", "ceilings"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert {row["kernel"] for row in read("launches.csv")} > {"all"}
