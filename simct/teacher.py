@@ -28,7 +28,7 @@ class LocalTeacher:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         check_vocabulary(model, tokenizer, "teacher")
         check_head(model, "teacher")
-        self.layout = Layout()
+        self.layout, self.offload = Layout(), False
         self._head: LMHead | None = None
 
     def place(self, device: torch.device, *, packing: str = "auto", offload: bool = False) -> None:
@@ -60,7 +60,7 @@ class LocalTeacher:
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """Inside, the model is where it scores; after it, in main memory again if it is offloaded between phases."""
-        if not getattr(self, "offload", False):
+        if not self.offload:
             yield
             return
         self.model.to(self._device)

@@ -201,8 +201,9 @@ class SimCTTrainer(Trainer):
             for batch, end in zip(batches, ends, strict=True)
         ]
         parts = self.as_many_everywhere(parts)
-        self._score([part for found in parts for part in found])
-        for part in (part for found in parts for part in found):
+        every = list(itertools.chain.from_iterable(parts))
+        self._score(every)
+        for part in every:
             self.recorder.responses(part, self.scorers[part.teacher].pair)
         tokens = torch.tensor(sum(map(len, samples.student_responses)), device=self.args.device)
         self._tokens = self.accelerator.reduce(tokens, "sum")
