@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+from simct.draws import UniformDraws, uniform_numbers
 
 try:
     from transformers import ContinuousBatchingConfig
@@ -117,10 +119,11 @@ class StaticBatching:
     def generate(self, prompts: list[list[int]], sampling: Sampling, *, seed: int) -> list[Response]:
         responses: list[Response | None] = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        stops = {}
+        uniform = uniform_numbers(seed, len(prompts), sampling.max_new_tokens)
+        options: dict = {"generation_config": replace(sampling, temperature=0.0).generation_config()}
         if sampling.stop_strings and self.tokenizer is not None:
-            stops = {"stop_strings": list(sampling.stop_strings), "tokenizer": self.tokenizer}
-        with sampling_mode(self.model, seed), own_defaults_off(self.model):
+            options |= {"stop_strings": list(sampling.stop_strings), "tokenizer": self.tokenizer}
+        with sampling_mode(self.model, seed), own_defaults_off(self.model), contiguous_head_input(self.model):
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
                 width = max(len(prompts[i]) for i in chosen)
@@ -129,14 +132,18 @@ class StaticBatching:
                 for row, i in enumerate(chosen):
                     ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
                     mask[row, width - len(prompts[i]) :] = 1
+                draws = UniformDraws(uniform[chosen], sampling.temperature, sampling.top_p)
                 output = self.model.generate(
                     ids.to(self.model.device),
                     attention_mask=mask.to(self.model.device),
-                    generation_config=sampling.generation_config(),
-                    **stops,
+                    logits_processor=LogitsProcessorList([draws]),
+                    **options,
                 )
+                logprobs = torch.stack(draws.logprobs, dim=1).cpu()
                 for row, i in enumerate(chosen):
-                    responses[i] = sampling.response(output[row, width:].tolist())
+                    response = sampling.response(output[row, width:].tolist())
+                    own = logprobs[row, : len(response.token_ids)].tolist()
+                    responses[i] = replace(response, logprobs=own)
         return responses
 
 
@@ -261,6 +268,22 @@ def own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+@contextmanager
+def contiguous_head_input(model: PreTrainedModel) -> Iterator[None]:
+    """After the prompts a model applies its head to their last hidden states, a strided view. Where the head needs no gradient (a
+    copy to sample from, a frozen head under LoRA) PyTorch then multiplies prompt by prompt, on a CPU with a copy of the head for
+    each: longer than all that follows."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
