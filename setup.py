@@ -29,6 +29,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-benchmark>=4",
+            "pytest-xdist>=3.6",  # the suite on as many cores as there are
             "hypothesis>=6",
             "ruff>=0.8",
             "peft>=0.17",
@@ -41,6 +42,8 @@ setup(
             "trl>=1.16",
             "math-verify[antlr4_11_0]>=0.8",
             "requests>=2.31",  # the client of a vLLM server, against servers of the tests' own
+            "gguf>=0.10",  # a quantised teacher's file
+            "lm-eval[hf]>=0.4.13",  # simct eval
         ],
         "math": ["math-verify[antlr4_11_0]>=0.8"],  # grades answers: boxed, LaTeX, numbers
         "eval": ["lm-eval[hf]>=0.4.13"],  # simct eval

@@ -4,19 +4,23 @@ The paper samples 8 from the teacher and keeps the shortest correct one. What is
 `simct train` as off-policy answers.
 """
 
+import hashlib
+import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from simct.data import load_records, rows
 from simct.endings import end_ids
+from simct.files import check_file, replaced
+from simct.journal import Journal
 from simct.loading import load_model, load_tokenizer
-from simct.prompts import prompt_of, read_prompts, render_prompt
+from simct.prompts import Prompt, prompt_of, render_prompt
 from simct.rollout import Sampling, make_engine
 
 KEEP = ("shortest_correct", "shortest")
@@ -32,9 +36,12 @@ class AnswerArguments:
 
     model: str = field(metadata={"help": "Who answers: a folder or hub name."})
     data: str = field(
-        metadata={"help": "A JSONL file with `prompt` or `messages`, and `answer` where one can be checked."}
+        metadata={
+            "help": "`prompt` or `messages`, and `answer` where one can be checked: JSONL, Parquet, a folder or a hub data set."
+        }
     )
     output: str = field(metadata={"help": "JSONL file to write."})
+    data_split: str = field(default="train", metadata={"help": "Split of a folder or hub data set."})
     samples: int = field(default=8, metadata={"help": "Answers sampled to each prompt."})
     keep: str = field(default="shortest_correct", metadata={"help": f"Which one is kept: {', '.join(KEEP)}."})
     columns: str = field(
@@ -77,14 +84,14 @@ def write_answers(arguments: AnswerArguments, *, grade: Grade | None = None, pro
     """Samples, chooses and writes. Returns what became of the prompts: kept, kept_unchecked (no `answer`), no_ended_answer,
     no_correct_answer.
 
-    The output is written beside its place and renamed into it at the end. `progress` is called with the prompts done and their
-    number.
+    Finished batches are kept in `OUTPUT.partial`: a run that was killed goes on after them when it is started again with the same
+    options and data, and writes what it would have written. `progress` is called with the prompts done and their number.
 
     Raises:
         ValueError: data, model or tokenizer that cannot be read, an output that cannot be written, answers to check but nothing
-            installed to check them with.
+            installed to check them with, an unfinished run of other options or data.
     """
-    records = read_prompts(arguments.data)
+    records = list(rows(load_records(arguments.data, split=arguments.data_split)))
     checked = arguments.keep == "shortest_correct" and any(record.get("answer") is not None for record in records)
     if checked and grade is None:
         from simct.grading import check_math_verify, is_correct
@@ -92,25 +99,37 @@ def write_answers(arguments: AnswerArguments, *, grade: Grade | None = None, pro
         check_math_verify()
         grade = is_correct
     output = Path(arguments.output)
-    partial = output.with_name(output.name + ".partial")
+    check_file(output)
+    sample = sampler(arguments)
+    prompts = [prompt_of(record) for record in records]
+    answers = [str(r["answer"]) if checked and r.get("answer") is not None else None for r in records]
+    data = hashlib.sha256(json.dumps([prompts, answers]).encode()).hexdigest()
+    work = {**asdict(arguments), "output": output.name, "data": f"{len(records)} prompts, sha256 {data}"}
+    journal = Journal(output.with_name(output.name + ".partial"), work)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        target = partial.open("w", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"output {arguments.output!r} cannot be written: {error}") from error
-    try:
-        with target:
-            counts = _write(arguments, records, checked, grade, target, progress)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    os.replace(partial, output)
-    return counts
+        for start in range(len(journal.parts) * BATCH, len(records), BATCH):
+            batch = range(start, min(start + BATCH, len(records)))
+            texts = sample([prompts[i] for i in batch], seed=arguments.seed * 1_000_003 + start)
+            fates = [fate(own, answers[i], arguments.keep, grade) for own, i in zip(texts, batch, strict=True)]
+            lines = [
+                None if chosen is None else as_columns(prompts[i], own[chosen], arguments.columns)
+                for (_, chosen), own, i in zip(fates, texts, batch, strict=True)
+            ]
+            journal.add([[name, line] for (name, _), line in zip(fates, lines, strict=True)])
+            if progress is not None:
+                progress(batch.stop, len(records))
+    finally:
+        journal.close()
+    with replaced(output) as target:
+        for _, line in itertools.chain.from_iterable(journal.parts):
+            if line is not None:
+                target.write(json.dumps(line, ensure_ascii=False) + "\n")
+    journal.remove()
+    return Counter(name for name, _ in itertools.chain.from_iterable(journal.parts))
 
 
-def _write(
-    arguments: AnswerArguments, records: list[dict[str, Any]], checked: bool, grade, target, progress
-) -> Counter[str]:
+def sampler(arguments: AnswerArguments) -> Callable[..., list[list[str | None]]]:
+    """A function of prompts and a seed: to each prompt so many texts, None for one that did not come to its end."""
     model = load_model(arguments.model, "model", dtype=getattr(torch, arguments.dtype)).eval()
     tokenizer = load_tokenizer(None, model, "model")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,34 +137,29 @@ def _write(
     sampling = Sampling(
         ends, tokenizer.pad_token_id or 0, arguments.max_new_tokens, arguments.temperature, arguments.top_p
     )
-    prompts = [prompt_of(record) for record in records]
-    rendered = [render_prompt(prompt, tokenizer, arguments.prompt_format) for prompt in prompts]
     engine = make_engine(model, arguments.rollout_engine)
-    counts: Counter[str] = Counter()
-    for start in range(0, len(records), BATCH):
-        batch = range(start, min(start + BATCH, len(records)))
-        asked = [rendered[i] for i in batch for _ in range(arguments.samples)]
-        responses = engine.generate(asked, sampling, seed=arguments.seed * 1_000_003 + start)
+    times = arguments.samples
+
+    def sample(prompts: list[Prompt], seed: int) -> list[list[str | None]]:
+        rendered = [render_prompt(prompt, tokenizer, arguments.prompt_format) for prompt in prompts]
+        asked = [ids for ids in rendered for _ in range(times)]
         texts = [
             tokenizer.decode(response.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             if response.finish_reason == "stop"
             else None
-            for response in responses
+            for response in engine.generate(asked, sampling, seed=seed)
         ]
-        for n, i in enumerate(batch):
-            own = texts[n * arguments.samples : (n + 1) * arguments.samples]
-            answer = records[i].get("answer")
-            answer = None if answer is None or not checked else str(answer)
-            chosen = choose(own, answer, arguments.keep, grade)
-            if chosen is None:
-                counts["no_correct_answer" if any(own) else "no_ended_answer"] += 1
-                continue
-            counts["kept" if answer is not None else "kept_unchecked"] += 1
-            line = as_columns(prompts[i], own[chosen], arguments.columns)
-            target.write(json.dumps(line, ensure_ascii=False) + "\n")
-        if progress is not None:
-            progress(batch.stop, len(records))
-    return counts
+        return [texts[i : i + times] for i in range(0, len(texts), times)]
+
+    return sample
+
+
+def fate(texts: Sequence[str | None], answer: str | None, keep: str, grade: Grade | None) -> tuple[str, int | None]:
+    """What becomes of a prompt, and which of its responses is kept."""
+    chosen = choose(texts, answer, keep, grade)
+    if chosen is None:
+        return ("no_correct_answer" if any(texts) else "no_ended_answer"), None
+    return ("kept_unchecked" if answer is None else "kept"), chosen
 
 
 def as_columns(prompt: str | list[dict[str, str]], text: str, columns: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simct.checks import context_length
 from simct.config import SimCTConfig
@@ -28,6 +28,26 @@ class Scorer:
     pair: TokenizerPair
     shared: SharedVocabulary  # on the device of the loss
     render: Renderer
+
+    @classmethod
+    def build(
+        cls, teacher: LocalTeacher, student: PreTrainedModel, student_render: Renderer, args: SimCTConfig
+    ) -> "Scorer":
+        """ValueError for tokenizers that cannot be paired, or a template of the teacher that drops the prompt."""
+        pair = TokenizerPair(
+            student_render.tokenizer,
+            teacher.tokenizer,
+            args.special_tokens,
+            alignment=args.alignment,
+            student_generation_config=student.generation_config,
+            teacher_generation_config=teacher.model.generation_config,
+            student_vocabulary_size=student.get_output_embeddings().weight.shape[0],
+            chat=args.prompt_format != "text",
+        )
+        options = args.teacher_chat_template_kwargs or args.chat_template_kwargs or {}
+        render = Renderer(teacher.tokenizer, args.prompt_format, options, args.teacher_system_prompt, context=True)
+        render.check("teacher")
+        return cls(teacher, pair, pair.shared, render)
 
 
 class Collector:

@@ -7,6 +7,7 @@ from transformers import LogitsProcessor
 BLOCK = 512  # tokens
 NUCLEUS = 512  # tokens that the nucleus is looked for among, first
 
+
 def uniform_numbers(seed: int, prompts: int, tokens: int) -> Tensor:
     """float64 [prompts, tokens] in [0, 1): a stream of numbers for each prompt, whatever it is batched with."""
     return torch.rand(prompts, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

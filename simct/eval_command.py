@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from simct.files import check_file, write_json
+
 console = Console()
 
 # What the paper calls its benchmarks, and what the harness does. (Every other name is the harness's own.)
@@ -81,7 +83,7 @@ def main(argv: list[str]) -> dict[str, Any] | None:
         return None
     results.setdefault("config", {}).update(checkpoint=rest.checkpoint, **model_args)
     if options.output:
-        write(results, Path(options.output))
+        write_results(results, options.output)
     console.print(results_table(results, rest.checkpoint))
     if options.limit is not None:
         console.print(f"with --limit {options.limit:g}: no score to report", style="yellow", highlight=False)
@@ -99,16 +101,7 @@ def check(options: EvalArguments) -> None:
     if options.include_path is not None and not Path(options.include_path).is_dir():
         raise ValueError(f"include_path {options.include_path!r} is no folder: expected one with tasks as YAML")
     if options.output is not None:
-        output = Path(options.output)
-        try:
-            if output.is_dir():
-                raise IsADirectoryError("it is a folder")
-            output.parent.mkdir(parents=True, exist_ok=True)
-            with beside(output).open("w"):
-                pass
-            beside(output).unlink()
-        except OSError as error:
-            raise ValueError(f"output {options.output!r} cannot be written: {error}") from error
+        check_file(options.output)
 
 
 def checkpoint_arguments(checkpoint: str) -> dict[str, str]:
@@ -247,13 +240,7 @@ def results_table(results: dict[str, Any], checkpoint: str) -> Table:
     return table
 
 
-def write(results: dict[str, Any], output: Path) -> None:
+def write_results(results: dict[str, Any], output: str) -> None:
     from lm_eval.utils import handle_non_serializable
 
-    text = json.dumps(results, indent=2, ensure_ascii=False, default=handle_non_serializable)
-    beside(output).write_text(text + "\n", encoding="utf-8", errors="surrogatepass")
-    os.replace(beside(output), output)
-
-
-def beside(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
+    write_json(output, results, indent=2, ensure_ascii=False, default=handle_non_serializable)

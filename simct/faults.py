@@ -1,14 +1,12 @@
 """What is written down when a step goes wrong: a loss that is no number, memory that runs out."""
 
 import gc
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from simct.files import write_json
 from simct.micro_batches import MicroBatch
 from simct.pair import TokenizerPair
 
@@ -75,11 +73,3 @@ def report_nonfinite(
     path = Path(folder) / f"nonfinite-{step}-{process}.json"
     write_json(path, {"step": step, "loss": str(loss), "responses": responses})
     return path
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Beside its place first, then renamed into it: a run that dies leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
-    beside.replace(path)

@@ -6,6 +6,7 @@ import warnings
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import TrainerState
 
 from simct.metrics import PhaseTimer, Ratios, peak_memory_gb
 from simct.micro_batches import MicroBatch
@@ -23,6 +24,14 @@ class Recorder:
         self.phase = PhaseTimer(args.device)
         self._step, self._since = 0, time.perf_counter()
         self._warned = False
+
+    def will_log(self, state: TrainerState) -> bool:
+        """Whether this step's statistics over the whole vocabulary are worth their time: only what is about to be logged is
+        measured (with logging_strategy="epoch" every step, since the last one is not known)."""
+        if self.args.logging_strategy != "steps":
+            return self.args.logging_strategy != "no"
+        step = state.global_step + 1
+        return step % state.logging_steps == 0 or (self.args.logging_first_step and step == 1)
 
     # ---- Time ----
 

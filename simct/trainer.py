@@ -7,22 +7,21 @@ schedule, checkpoints, logging, callbacks) is the Trainer's.
 """
 
 import contextlib
-import copy
 import itertools
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from simct import checks, evaluation
-from simct.checkpoints import load_responses, newest_complete, save_responses
+from simct.callbacks import AroundSteps
+from simct.checkpoints import Checkpoints
 from simct.collector import Collector, Scorer, generator, numbered_seed
 from simct.config import SimCTConfig
 from simct.engines import build_engine
@@ -37,12 +36,11 @@ from simct.renderer import Renderer
 from simct.rollout import Response, Sampling
 from simct.sampler import RepeatedBatches
 from simct.samples import Samples
-from simct.teacher import LocalTeacher
 from simct_kernels import LMHead, token_statistics
 from simct_kernels.backends import choose as choose_backend
 
 
-class SimCTTrainer(Trainer):
+class SimCTTrainer(Checkpoints, Trainer):
     """Distils `teacher` into `model` on the student's own samples; the two may have different tokenizers.
 
     Args:
@@ -88,7 +86,7 @@ class SimCTTrainer(Trainer):
         teachers = load_teachers(teacher, teacher_processing_class, args, student=model)
         render = Renderer(processing_class, args.prompt_format, args.chat_template_kwargs or {})
         render.check("student")
-        scorers = {name: self._scorer(found, model, render, args) for name, found in teachers.items()}
+        scorers = {name: Scorer.build(found, model, render, args) for name, found in teachers.items()}
         if peft_config is not None:
             model = with_adapter(model, peft_config)
         checks.check_head(model, "student")
@@ -132,22 +130,6 @@ class SimCTTrainer(Trainer):
         self._resumed = None  # responses that a checkpoint was in the middle of
         self._skip_step, self._in_forward = False, False
         self.add_callback(AroundSteps(self))
-
-    def _scorer(self, teacher: LocalTeacher, student, student_render: Renderer, args: SimCTConfig) -> Scorer:
-        pair = TokenizerPair(
-            student_render.tokenizer,
-            teacher.tokenizer,
-            args.special_tokens,
-            alignment=args.alignment,
-            student_generation_config=student.generation_config,
-            teacher_generation_config=teacher.model.generation_config,
-            student_vocabulary_size=student.get_output_embeddings().weight.shape[0],
-            chat=args.prompt_format != "text",
-        )
-        options = args.teacher_chat_template_kwargs or args.chat_template_kwargs or {}
-        render = Renderer(teacher.tokenizer, args.prompt_format, options, args.teacher_system_prompt, context=True)
-        render.check("teacher")
-        return Scorer(teacher, pair, pair.shared, render)
 
     def _usable(self, name: str, dataset, model, render: Renderer, scorers: dict[str, Scorer], args: SimCTConfig):
         dataset, skipped = checks.usable_records(name, dataset, model, render, scorers, args)
@@ -333,10 +315,10 @@ class SimCTTrainer(Trainer):
         if not torch.isfinite(loss):
             return self._nonfinite(loss, part, unit_losses)
         self.recorder.units(part, part.alignment, unit_losses)
-        if self._logs_this_step() and part.samples:
+        if self.recorder.will_log(self.state) and part.samples:
             with self.phase("metrics"):
                 detached = (student_hidden.detach(), head)
-                self._record_statistics(part, units, scorer, detached, theirs)
+                self.recorder.distributions(part, units, scorer.pair, scorer.shared, detached, theirs)
         return loss
 
     def student_rows(self, student: nn.Module, packed: PackedSequences) -> tuple[Tensor, LMHead]:
@@ -389,20 +371,6 @@ class SimCTTrainer(Trainer):
 
     # ---- Metrics ----
 
-    def _logs_this_step(self) -> bool:
-        """Whether the statistics over the whole vocabulary are worth their time: only what is about to be logged is measured
-        (with logging_strategy="epoch" every step, since the last one is not known)."""
-        if self.args.logging_strategy == "no":
-            return False
-        step = self.state.global_step + 1
-        every = self.state.logging_steps
-        return (
-            self.args.logging_strategy != "steps" or step % every == 0 or (self.args.logging_first_step and step == 1)
-        )
-
-    def _record_statistics(self, part, units, scorer: Scorer, student, teacher) -> None:
-        self.recorder.distributions(part, units, scorer.pair, scorer.shared, student, teacher)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log; evaluation and the end of a run log other keys
             logs.update(self.recorder.flush(self.state.global_step))
@@ -439,55 +407,3 @@ class SimCTTrainer(Trainer):
         sampling = replace(self.sampling, temperature=1.0, top_p=1.0)
         with self.accelerator.autocast():
             return self.collector.collect(records, sampling, numbered_seed(self.args.seed, 0, self.args.process_index))
-
-    # ---- Checkpoints ----
-
-    def save_merged(self, output_dir: str) -> None:
-        """The student with its adapter merged into the weights, as a folder that `AutoModelForCausalLM.from_pretrained` loads."""
-        student = self.accelerator.unwrap_model(self.model)
-        if not hasattr(student, "merge_and_unload"):
-            raise ValueError(
-                f"the student is a {type(student).__name__}: expected one with a PEFT adapter (peft_config)"
-            )
-        if self.args.should_save:
-            copy.deepcopy(student).merge_and_unload().save_pretrained(output_dir)
-            self.processing_class.save_pretrained(output_dir)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As the Trainer's; `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_complete(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint is True: there is no whole checkpoint in {self.args.output_dir!r}"
-                )
-        if resume_from_checkpoint:
-            self._resumed = load_responses(resume_from_checkpoint, self.args.process_index)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self._used < self.args.num_iterations and self._records is not None:
-            save_responses(Path(output_dir), self.args.process_index, self._responses, self._used)
-        # The Trainer's state, whose presence says that the checkpoint is whole, is written after this by one process.
-        self.accelerator.wait_for_everyone()
-
-
-class AroundSteps(TrainerCallback):
-    """Starts the first logging window where training starts (the step is known by then, also of a resumed run), and times the
-    optimiser."""
-
-    def __init__(self, trainer: SimCTTrainer) -> None:
-        self.trainer = trainer
-        self._open = contextlib.ExitStack()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.ratios.flush()
-        self.trainer.recorder.start_window(state.global_step)
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.drop_skipped_gradients()
-        self._open.enter_context(self.trainer.phase("optimiser"))
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self._open.close()

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from simct import answers
 from simct.answers import AnswerArguments, as_columns, choose, write_answers
 from simct.demo import ASSETS
 from simct.prompts import prompt_of, read_prompts
@@ -69,12 +70,50 @@ def test_answers_are_written_for_the_warm_up(data, tmp_path):
         assert [turn["role"] for turn in turns][-2:] == ["user", "assistant"] and turns[-1]["content"]
     prompts = [prompt_of(record) for record in read_prompts(data)]
     assert rows[0]["messages"][0]["content"] in prompts
-    assert not list((tmp_path / "out").glob("*.partial"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.jsonl"]
     again = arguments(data, tmp_path / "again", columns="prompt_completion")
     assert write_answers(again, grade=right) == counts  # the same seed, the same answers
     for row, line in zip(rows, (tmp_path / "again" / "out" / "train.jsonl").read_text().splitlines(), strict=True):
         other = json.loads(line)
         assert other["prompt"] + other["completion"] == row["messages"]
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "BATCH", 2)
+    whole = arguments(data, tmp_path / "whole")
+    counts = write_answers(whole, grade=right)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done, of):
+        if done == 4:
+            raise Stopped
+
+    stopped = arguments(data, tmp_path / "stopped")
+    with pytest.raises(Stopped):
+        write_answers(stopped, grade=right, progress=stop)
+    (partial,) = (tmp_path / "stopped" / "out").iterdir()
+    partial.write_bytes(partial.read_bytes()[:-5])  # as if it had been killed while it wrote its second part
+    with pytest.raises(
+        ValueError, match=r"unfinished run that differs \(samples: 6, now 5\): repeat its options, or remove"
+    ):
+        write_answers(dataclasses.replace(stopped, samples=5), grade=right)
+    done = []
+    with pytest.warns(UserWarning, match="going on after 1 finished parts"):
+        assert write_answers(stopped, grade=right, progress=lambda n, of: done.append(n)) == counts
+    assert done == [4, 6]
+    files = [(tmp_path / name / "out" / "train.jsonl").read_bytes() for name in ("whole", "stopped")]
+    assert files[0] == files[1] and not partial.exists()
+
+
+def test_data_that_changed_are_not_gone_on_with(data, tmp_path):
+    options = arguments(data, tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        write_answers(options, grade=right, progress=lambda done, of: 1 / 0)
+    data.write_text(data.read_text().replace("\\u2603", "7"))
+    with pytest.raises(ValueError, match="unfinished run that differs .data: '6 prompts, sha256"):
+        write_answers(options, grade=right)
 
 
 def test_as_columns_keeps_a_conversation():
@@ -105,7 +144,7 @@ def test_bad_input_ends_before_any_sampling(data, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             write_answers(dataclasses.replace(arguments(data, tmp_path), **changes), grade=right)
-    assert not list(tmp_path.glob("**/*.partial"))
+    assert not list(tmp_path.glob("**/*.partial")), "nothing was begun"
 
 
 @pytest.mark.parametrize("name", [name for name in list_recipes() if name.endswith("/answers")])

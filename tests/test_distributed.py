@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 RUN = """
 import sys
@@ -27,9 +28,11 @@ if sharded:
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            accelerate.state.PartialState._shared_state["distributed_type"] = self.distributed_type
 
     accelerate.state.AcceleratorState.__init__ = init
-    options = dict(fsdp=True, fsdp_config={"transformer_layer_cls_to_wrap": ["Gemma2DecoderLayer"]})
+    fsdp = {"transformer_layer_cls_to_wrap": ["Gemma2DecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
+    options = dict(fsdp=True, fsdp_config=fsdp)
 config = SimCTConfig(
     output_dir=output, max_steps=2, per_device_train_batch_size=batch_size, gradient_accumulation_steps=2,
     learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", warmup_steps=0, max_new_tokens=16,
@@ -41,6 +44,7 @@ prompts = read_prompts(ASSETS / "train.jsonl")[:32]
 trainer = SimCTTrainer(str(ASSETS / "student"), str(ASSETS / "teacher"), config, prompts, prompts[:5])
 trainer.train()
 metrics = trainer.evaluate()
+trainer.save_model(result + "-saved")
 assert sharded == any(cls.__name__ == "FSDPModule" for cls in type(trainer.model).__mro__)
 named = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
 weights = {name: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for name, p in named}
@@ -88,5 +92,8 @@ def test_two_processes_equal_one(tmp_path, one, kind):
     assert set(ours["weights"]) == set(theirs["weights"])
     for name, weight in ours["weights"].items():
         torch.testing.assert_close(weight, theirs["weights"][name], rtol=1e-4, atol=1e-6, msg=name)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"2-{kind}-saved", dtype=torch.float32)
+    for name, weight in saved.named_parameters():
+        torch.testing.assert_close(weight.detach(), theirs["weights"][name], rtol=0, atol=0, msg=name)
     for metrics in ours["metrics"], theirs["metrics"]:
         assert metrics["eval_samples"] + metrics["eval_samples_unscored"] == 5

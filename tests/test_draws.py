@@ -74,9 +74,7 @@ def test_logprobs_are_the_models_own(temperature, demo_student, demo_tokenizers)
     tokenizer = demo_tokenizers[0]
     prompts = tokenizer(["The", "This method is called"])["input_ids"]
     settings = Sampling((tokenizer.eos_token_id,), tokenizer.pad_token_id, 12, temperature, top_p=0.8)
-    for prompt, response in zip(
-        prompts, StaticBatching(demo_student).generate(prompts, settings, seed=0), strict=True
-    ):
+    for prompt, response in zip(prompts, StaticBatching(demo_student).generate(prompts, settings, seed=0), strict=True):
         ids = torch.tensor([prompt + response.token_ids])
         with torch.no_grad():
             logits = demo_student.eval()(ids).logits[0, len(prompt) - 1 : -1]

@@ -92,6 +92,35 @@ def test_a_model_that_continuous_batching_cannot_serve_is_refused():
     assert isinstance(make_engine(model, "auto"), StaticBatching)
 
 
+@needs_continuous
+def test_a_kept_cache_changes_no_sample(demo_student, demo_tokenizers, prompts):
+    """The manager stays from call to call, whatever the seed, the settings and the weights of the next one."""
+    kept = ContinuousBatching(demo_student, kv_cache_gb=0.01)
+
+    def check(seed, **options):
+        settings = sampling(demo_tokenizers[0], **options)
+        responses = kept.generate(prompts, settings, seed=seed)
+        assert responses == ContinuousBatching(demo_student).generate(prompts, settings, seed=seed)
+        return responses
+
+    try:
+        first = check(7)
+        assert check(7) == first and check(8) != first
+        check(7, temperature=0.5)
+        with torch.no_grad():
+            for parameter in demo_student.parameters():
+                parameter.mul_(1.05)
+        assert check(7) != first
+    finally:
+        demo_student.destroy_cached_continuous_batching_manager()
+
+
+@needs_continuous
+def test_too_small_a_cache_is_named(demo_student, demo_tokenizers, prompts):
+    with pytest.raises(ValueError, match="kv_cache_gb is 1e-06: expected room for two pages of 64 tokens"):
+        ContinuousBatching(demo_student, kv_cache_gb=1e-6).generate(prompts, sampling(demo_tokenizers[0]), seed=0)
+
+
 def test_static_batches_give_the_head_contiguous_rows(demo_student, demo_tokenizers, prompts):
     head, seen = demo_student.get_output_embeddings(), []
     hook = head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous()))

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ll
 from simct import SimCTConfig, SimCTTrainer
 from simct.demo import ASSETS
 from simct.prompts import read_prompts
+from simct.recorder import Recorder
 from simct.rollout import ContinuousBatchingConfig
 
 STUDENT, TEACHER = str(ASSETS / "student"), str(ASSETS / "teacher")
@@ -121,16 +122,24 @@ def test_statistics_over_the_vocabulary_are_measured_only_when_logged(tmp_path):
     trainer = trained(tmp_path, max_steps=4, logging_steps=2)
     assert [row["step"] for row in logs(trainer)] == [2, 4]
     assert all("response/entropy" in row for row in logs(trainer))
-    measured = []
-    original = SimCTTrainer._record_statistics
-    SimCTTrainer._record_statistics = lambda self, *args: (
-        measured.append(self.state.global_step),
-        original(self, *args),
-    )
-    try:
-        trained(tmp_path, max_steps=4, logging_steps=2)
-    finally:
-        SimCTTrainer._record_statistics = original
+
+
+def test_only_what_is_logged_is_measured(tmp_path, monkeypatch):
+    asked, measured = [], []
+    will_log, distributions = Recorder.will_log, Recorder.distributions
+
+    def ask(self, state):
+        asked.append((state.global_step, will_log(self, state)))
+        return asked[-1][1]
+
+    def measure(self, *args):
+        measured.append(asked[-1][0])
+        distributions(self, *args)
+
+    monkeypatch.setattr(Recorder, "will_log", ask)
+    monkeypatch.setattr(Recorder, "distributions", measure)
+    trained(tmp_path, max_steps=4, logging_steps=2)
+    assert asked == [(0, False), (1, True), (2, False), (3, True)]
     assert measured == [1, 3]
 
 

@@ -2,11 +2,13 @@ import threading
 from contextlib import suppress
 
 import pytest
+import torch
 
 from simct.vllm_server import ServedVLLM
 
 from .conftest import MAX_MODEL_LEN, greedy, plain
 from .engine_contract import EngineContract
+from .test_training import check_equal, trained
 
 pytestmark = pytest.mark.vllm
 
@@ -66,6 +68,14 @@ def test_files_of_weights_are_read_from_the_given_folder_and_removed(
     assert set(seen) == {"weights-00000.safetensors"} and not list(folder.iterdir())
     settings = sampling(temperature=0.0)
     assert plain(engine.generate(prompts, settings, seed=0)) == greedy(student, prompts, settings)
+
+
+def test_greedy_training_runs_agree(tmp_path, student_folder, server_url):
+    torch.set_num_threads(1)
+    served = trained(
+        tmp_path, student_folder, "vllm-server", vllm_server_url=server_url, vllm_sync_dir=str(tmp_path / "sync")
+    )
+    check_equal(served, trained(tmp_path, student_folder, "static"))
 
 
 def test_weights_that_do_not_fit_are_reported(engine, demo_teacher):

@@ -1,0 +1,25 @@
+"""What `SimCTTrainer` does around each optimiser step, as callbacks of the Trainer."""
+
+import contextlib
+
+from transformers import TrainerCallback
+
+
+class AroundSteps(TrainerCallback):
+    """Starts the first logging window where training starts (the step is known by then, also of a resumed run), and times the
+    optimiser."""
+
+    def __init__(self, trainer) -> None:
+        self.trainer = trainer
+        self._open = contextlib.ExitStack()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.ratios.flush()
+        self.trainer.recorder.start_window(state.global_step)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.drop_skipped_gradients()
+        self._open.enter_context(self.trainer.phase("optimiser"))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._open.close()
