@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from simct.data import rows
 from simct.hidden import PackedSequences, response_hidden_states
 from simct.tokens import token_bytes
 from simct_kernels import LMHead
@@ -67,9 +68,9 @@ def usable_records(name: str, dataset, student: nn.Module, render, scorers: dict
     if dataset is None or not hasattr(dataset, "__len__"):
         return dataset, 0
     good, first = [], None
-    for number in range(len(dataset)):
+    for number, record in enumerate(rows(dataset)):
         try:
-            check_record(dataset[number], student, render, scorers, config)
+            check_record(record, student, render, scorers, config)
             good.append(number)
         except ValueError as error:
             first = first or f"{name}, record {number}: {error}"

@@ -61,13 +61,14 @@ def shared_by_string(student_tokens: Sequence[str], teacher_tokens: Sequence[str
     return len({token.replace(other, keep) for token in student_tokens} & teacher)
 
 
-def greedy_single(student: Sequence[str], teacher: Sequence[str]) -> int:
-    """Student tokens that the public SimpleOPD rule supervises in one response.
+def greedy_single(student: Sequence[str], teacher: Sequence[str]) -> list[tuple[int, int]]:
+    """The pairs of positions that the public SimpleOPD rule compares in one response.
 
     Two pointers over token strings: where they differ, the shorter side takes its next token until both are equal
     again. Once neither is the beginning of the other they never are, and the rest of the response is lost.
     """
-    i = j = single = 0
+    i = j = 0
+    single = []
     while i < len(student) and j < len(teacher):
         a, b, m, n = student[i], teacher[j], 1, 1
         while a != b:
@@ -77,6 +78,7 @@ def greedy_single(student: Sequence[str], teacher: Sequence[str]) -> int:
                 b, n = b + teacher[j + n], n + 1
             else:
                 return single
-        single += m == n == 1
+        if m == n == 1:
+            single.append((i, j))
         i, j = i + m, j + n
     return single

@@ -105,6 +105,7 @@ class TokenizerPair:
         self._partner = np.full(len(self._student.pieces), -1)  # a shared student id's teacher id
         self._partner[self.shared.student_ids.numpy()] = self.shared.teacher_ids.numpy()
         self._prefixes: _PrefixIndex | None = None
+        self._strings: tuple[list[str], list[str]] | None = None  # as the public code compares tokens
 
     def encode_teacher(self, batch: Sequence[Ids]) -> list[list[int]]:
         """The teacher's ids for a batch of student responses: the same bytes, no special token, no prefix space.
@@ -145,9 +146,7 @@ class TokenizerPair:
         total = sum(map(len, student))
 
         student_tokens, teacher_tokens = self._student.tokens(), self._teacher.tokens()
-        a, b = without_markers(student_tokens), without_markers(teacher_tokens)
-        a[student_end] = b[teacher_end] = "end of turn"
-        public = sum(greedy_single([a[i] for i in s], [b[i] for i in t]) for s, t in zip(student, teacher, strict=True))
+        public = sum(len(self.match_strings(s, t)) for s, t in zip(student, teacher, strict=True))
         rules = {"simpleopd_public": RuleCoverage.count(public, 0, total, {"not_matched": total - public})}
         for rule, alignment in (("simct_public", "anchored"), ("simct", "bytes")):
             units = self._align(student, teacher, alignment, False)
@@ -166,6 +165,16 @@ class TokenizerPair:
             shared_by_string=shared_by_string(student_tokens, teacher_tokens),
             rules=rules,
         )
+
+    def match_strings(self, student_ids: Ids, teacher_ids: Ids) -> list[tuple[int, int]]:
+        """The pairs of positions in one response that SimpleOPD's public code compares: it walks over token strings, without
+        their space markers, and after the first two that do not begin alike it finds no more."""
+        if self._strings is None:
+            self._strings = without_markers(self._student.tokens()), without_markers(self._teacher.tokens())
+            for strings, end in zip(self._strings, self.end_pair, strict=True):
+                strings[end] = "end of turn"
+        student, teacher = self._strings
+        return greedy_single([student[i] for i in student_ids], [teacher[i] for i in teacher_ids])
 
     def cut(self, text: str) -> list[Cut]:
         """How both tokenizers cut one text, unit by unit, stretches without supervision included."""

@@ -1,0 +1,92 @@
+"""Pairs of tokenizers whose mismatch is dialled, and the models that are trained on the spot for them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from simct.demo.make_models import train
+from simct.files import write_json
+
+from .texts import Texts
+
+END = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A byte-level BPE tokenizer. `digits`: most digits of one token; `space`: a word carries the one before or after it."""
+
+    size: int
+    digits: int = 3
+    space: str = "before"
+
+    def make(self, documents: list[str]) -> PreTrainedTokenizerFast:
+        tokenizer = Tokenizer(models.BPE())
+        word = r" ?\p{L}+" if self.space == "before" else r"\p{L}+ ?"
+        other = r" ?[^\s\p{L}\p{N}]+" if self.space == "before" else r"[^\s\p{L}\p{N}]+ ?"
+        pattern = rf"{word}|\p{{N}}{{1,{self.digits}}}|{other}|\n|\s"
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.size,
+            special_tokens=[END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(documents, trainer)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama of this size, trained for so many steps of 32 documents."""
+
+    width: int
+    layers: int
+    steps: int
+
+
+TEACHER = Spelling(2048)
+# From nearly the teacher's own cuts to hardly any in common. All vocabularies come from the same texts: a smaller one nests in a
+# larger one of the same kind.
+STUDENTS = {
+    "nested": Spelling(1536),
+    "fine": Spelling(512),
+    "digits": Spelling(1536, digits=1),
+    "trailing": Spelling(1536, space="after"),
+}
+SIZES = {"teacher": Size(160, 4, 1500), "student": Size(96, 2, 500)}
+QUICK_SIZES = {"teacher": Size(48, 1, 40), "student": Size(32, 1, 20)}
+
+
+def prepare(folder: Path, names: list[str], texts: Texts, sizes: dict[str, Size], progress=print) -> None:
+    """Makes `folder/teacher` and a `folder/NAME` for each setting; what is there already, made in the same way, stays."""
+    wanted = {"teacher": (TEACHER, sizes["teacher"])} | {name: (STUDENTS[name], sizes["student"]) for name in names}
+    for number, (name, (spelling, size)) in enumerate(wanted.items()):
+        made_by = {**asdict(spelling), **asdict(size), "documents": len(texts.documents)}
+        stamp = folder / name / "made_by.json"
+        if stamp.is_file() and json.loads(stamp.read_text()) == made_by:
+            continue
+        progress(f"training {name}: {size.steps} steps")
+        shutil.rmtree(folder / name, ignore_errors=True)
+        tokenizer = spelling.make(texts.documents)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=size.width, intermediate_size=3 * size.width, num_hidden_layers=size.layers,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        model = train(config, tokenizer, texts.documents, steps=size.steps, seed=number)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        write_json(stamp, made_by)
