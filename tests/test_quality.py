@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from bench.quality import gradients
 from bench.quality.__main__ import Results, best_rate
 from bench.quality.arms import ARMS
 from bench.quality.runs import Plan, run
@@ -15,6 +16,7 @@ from bench.quality.show import mean_with_error
 from bench.quality.texts import answer, make_sum, make_texts
 from bench.record import REPOSITORY
 from simct import SimCTConfig, TokenizerPair
+from simct.demo import ASSETS
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +76,36 @@ def test_a_run_is_repeatable_and_is_not_run_again(tmp_path, texts):
     first, again = (run(*one, tmp_path, texts, plan) for _ in range(2))
     for row in first, again:
         row[0].pop("seconds")
-    assert first == again and [row["step"] for row in first] == [2, 1, 2]
+    assert repr(first) == repr(again) and [row["step"] for row in first] == [2, 1, 2]
     results = Results(tmp_path)
     assert not results.has(one)
     results.add(first)
     assert Results(tmp_path).has(one) and not Results(tmp_path).has((*one[:3], 2, "test"))
     assert len(Results(tmp_path).curves) == 2
+
+
+def test_gradients_by_option(tmp_path):
+    target = tmp_path / "gradients.csv"
+    command = [f"--student={ASSETS / 'student'}", f"--teacher={ASSETS / 'teacher'}", f"--data={ASSETS / 'eval.jsonl'}"]
+    command += [f"--output={target}", "--responses=8", "--max_new_tokens=24"]
+    for pair in "a", "b", "a":
+        gradients.main([*command, f"--pair={pair}"])
+    with target.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["pair"] for row in rows] == ["b"] * 6 + ["a"] * 6
+    assert rows[:6] == [{**row, "pair": "b"} for row in rows[6:]], "one seed, one result"
+    for row in rows:
+        assert -1 <= float(row["cosine"]) <= 1 and float(row["norm_ratio"]) > 0
+        assert -1 <= float(row["first_token_gradient"]) <= 1 and 0 <= float(row["extending_mass"]) <= 1
+    by_option = {(row["score"], row["candidates"]): row for row in rows}
+    # What the options change are the longer units alone.
+    assert len({row["single_loss"] for row in rows if row["score"] != "mean_logit"}) == 1
+    assert by_option["mean_logprob", "paper"]["longer_loss"] != by_option["sum_logprob", "paper"]["longer_loss"]
+
+
+def test_extensions_are_longer_and_begin_alike():
+    found = gradients.Extensions([b"a", b"ab", None, b"abc", b"b", b"a\xff", b"a"])
+    assert sorted(found.of(b"a").tolist()) == [1, 3, 5] and found.of(b"abc").tolist() == [] == found.of(b"z").tolist()
 
 
 def test_quick_study(tmp_path):

@@ -1,4 +1,4 @@
-"""Training with responses from a vLLM in this process (`test_served` has the other kind): the losses of transformers' `generate`."""
+"""Training with responses from a vLLM in this process (`test_served` has the other): the losses of transformers' `generate`."""
 
 import pytest
 

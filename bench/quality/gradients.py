@@ -1,0 +1,203 @@
+"""What SimCT's longer units do to the student, by option: the method's open questions, measured on a pair.
+
+    python -m bench.quality.gradients --student DIR --teacher DIR --data prompts.jsonl --output gradients.csv
+
+On responses that the student samples, one row of the CSV for each `score` and `candidates`:
+    first_token_gradient: the loss's derivative by the logit of the student's own first token of a longer unit, averaged over longer
+        units. Above 0, the step makes a token less likely that the student chose and that spells the text rightly.
+    first_token_shared: the share of longer units whose first student token is itself a candidate.
+    cosine, norm_ratio: of the gradient of all longer units against that of all single units, over the student's parameters.
+    longer_loss, single_loss: nats a unit.
+And, the same in every row:
+    extending_mass: the probability that the teacher gives, at the first row of a single unit, to tokens that go on where the
+        student's token ends: events that the student's token stands for and the teacher's equal one does not.
+Errors (`_stderr`) are over units, as if they were independent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import os
+import tempfile
+from bisect import bisect_left, bisect_right
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from simct import SimCTConfig, SimCTTrainer, TokenizerPair
+from simct.data import load_records
+from simct.files import replaced
+from simct.hidden import response_hidden_states
+from simct.micro_batches import MicroBatch
+from simct.tokens import token_bytes
+from simct_kernels import LMHead, simct_loss
+
+OPTIONS = list(itertools.product(("mean_logprob", "sum_logprob", "mean_logit"), ("paper", "disjoint")))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality.gradients", description=__doc__.split("\n\n")[0])
+    for name in ("student", "teacher", "data"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--output", type=Path, required=True, help="CSV file; rows of this pair in it are replaced")
+    parser.add_argument("--pair", help="the pair's name in the CSV; default: STUDENT<-TEACHER")
+    parser.add_argument("--responses", type=int, default=64)
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    name = options.pair or f"{Path(options.student).name}<-{Path(options.teacher).name}"
+    console = Console(width=None if os.isatty(1) else 160)
+    rows = [{"pair": name, "responses": options.responses, **row} for row in measure(options, console)]
+    kept = []
+    if options.output.is_file():
+        with options.output.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row["pair"] != name]
+    with replaced(options.output, newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept + rows)
+    table = Table(title=name)
+    for column in rows[0]:
+        if not column.endswith("_stderr"):
+            table.add_column(column, justify="right")
+    for row in rows:
+        shown = []
+        for column, value in row.items():
+            if not column.endswith("_stderr"):
+                error = f" ± {row[f'{column}_stderr']:.2g}" if f"{column}_stderr" in row else ""
+                shown.append(f"{value:.4g}{error}" if isinstance(value, float) else str(value))
+        table.add_row(*shown)
+    console.print(table)
+
+
+def measure(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """A row for each of OPTIONS."""
+    records = list(itertools.islice(itertools.cycle(load_records(options.data)), options.responses))
+    with tempfile.TemporaryDirectory() as scratch:
+        config = SimCTConfig(
+            output_dir=scratch, per_device_train_batch_size=8, temperature=1.0, top_p=1.0, prompt_format="text",
+            max_new_tokens=options.max_new_tokens, candidates="disjoint", save_strategy="no", use_cpu=True, seed=options.seed,
+        )  # fmt: skip
+        trainer = SimCTTrainer(options.student, options.teacher, config, records)
+    student = trainer.accelerator.unwrap_model(trainer.model).eval()
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    sums = {option: Gradients(parameters) for option in OPTIONS}
+    extending: list[float] = []
+    extensions = Extensions(token_bytes(trainer.teacher.tokenizer))
+    batches = [records[i : i + 8] for i in range(0, len(records), 8)]
+    for batch in track(batches, "responses", console=console):
+        (part,) = rolled_out(trainer, batch)
+        head = LMHead.from_model(student)
+        hidden = response_hidden_states(student, part.packed)
+        logits = head.logits(hidden)
+        scorer = trainer.scorers[part.teacher]
+        teacher_logits = scorer.teacher.head.logits(part.teacher_hidden)
+        for (score, candidates), gradients in sums.items():
+            leaf = logits.detach().requires_grad_()
+            arguments = (leaf, teacher_logits, part.alignment, scorer.shared)
+            losses = simct_loss(*arguments, score=score, candidates=candidates, reduction="none")
+            gradients.add(losses, leaf, logits, part, scorer.shared)
+        extending += extending_mass(part, scorer.pair, extensions, teacher_logits)
+    mass, error = _mean(extending)
+    common = {"extending_mass": mass, "extending_mass_stderr": error}
+    return [
+        {"score": score, "candidates": candidates, **gradients.summary(), **common}
+        for (score, candidates), gradients in sums.items()
+    ]
+
+
+def rolled_out(trainer: SimCTTrainer, records: list[dict]) -> list[MicroBatch]:
+    """Sampled, aligned and scored, as in a step of training."""
+    trainer.state.global_step += 1  # other random numbers
+    trainer._roll_out([records])
+    return trainer._inputs[0]["parts"]
+
+
+class Gradients:
+    """Sums over batches, for one choice of options."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.parameters = parameters
+        self.of = {kind: [torch.zeros_like(p) for p in parameters] for kind in ("single", "longer")}
+        self.losses: dict[str, list[float]] = {"single": [], "longer": []}
+        self.first_token: list[float] = []
+        self.shared: list[bool] = []
+
+    def add(self, losses: Tensor, leaf: Tensor, logits: Tensor, part: MicroBatch, shared) -> None:
+        units = part.alignment
+        longer = (units.student_length > 1) | (units.teacher_length > 1)
+        for kind, chosen in (("single", ~longer), ("longer", longer)):
+            self.losses[kind] += losses.detach()[chosen].tolist()
+            (by_logits,) = torch.autograd.grad(losses[chosen].sum(), leaf, retain_graph=True)
+            found = torch.autograd.grad(logits, self.parameters, by_logits, retain_graph=True, allow_unused=True)
+            for total, gradient in zip(self.of[kind], found, strict=True):
+                if gradient is not None:
+                    total += gradient
+            if kind == "longer":
+                rows = units.student_start[longer]
+                tokens = units.student_tokens[rows]
+                self.first_token += by_logits[rows, tokens].tolist()
+                self.shared += torch.isin(tokens, shared.student_ids).tolist()
+
+    def summary(self) -> dict[str, float]:
+        dot, single, longer = (
+            sum(float((a.double() * b.double()).sum()) for a, b in zip(self.of[x], self.of[y], strict=True))
+            for x, y in (("single", "longer"), ("single", "single"), ("longer", "longer"))
+        )
+        found: dict[str, float] = {}
+        measured = {
+            "first_token_gradient": self.first_token,
+            "first_token_shared": self.shared,
+            "single_loss": self.losses["single"],
+            "longer_loss": self.losses["longer"],
+        }
+        for name, values in measured.items():
+            found[name], found[f"{name}_stderr"] = _mean(values)
+        found["cosine"] = dot / math.sqrt(single * longer) if single and longer else math.nan
+        found["norm_ratio"] = math.sqrt(longer / single) if single else math.nan
+        return {"single_units": len(self.losses["single"]), "longer_units": len(self.losses["longer"]), **found}
+
+
+class Extensions:
+    """The teacher's tokens that begin with given bytes and go on: a range of its vocabulary, sorted by bytes."""
+
+    def __init__(self, pieces: list[bytes | None]) -> None:
+        spelled = sorted((piece, i) for i, piece in enumerate(pieces) if piece)
+        self.texts = [piece for piece, _ in spelled]
+        self.ids = torch.tensor([i for _, i in spelled])
+
+    def of(self, piece: bytes) -> Tensor:
+        return self.ids[bisect_right(self.texts, piece) : bisect_left(self.texts, piece + b"\xff" * 256)]
+
+
+def extending_mass(
+    part: MicroBatch, pair: TokenizerPair, extensions: Extensions, teacher_logits: Tensor
+) -> list[float]:
+    """Of each single unit: the teacher's probability of the tokens that begin with the student's token and are longer."""
+    units = part.alignment.single()
+    pieces = pair.student_pieces(units.student_tokens[units.student_start].tolist())
+    return [
+        float(teacher_logits[row].softmax(0)[extensions.of(piece)].sum())
+        for piece, row in zip(pieces, units.teacher_start.tolist(), strict=True)
+        if piece
+    ]
+
+
+def _mean(values: list) -> tuple[float, float]:
+    found = torch.tensor(values, dtype=torch.float64)
+    if len(found) < 2:
+        return (float(found.mean()) if len(found) else math.nan), math.nan
+    return float(found.mean()), float(found.std() / math.sqrt(len(found)))
+
+
+if __name__ == "__main__":
+    main()
