@@ -37,9 +37,9 @@ def bpm_loss(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Forward KL from the teacher's distribution, in the student's tokens, to the student's, at every student row of each unit.
 
-    A student row at byte b of its unit is compared with the unit's teacher row whose token begins at the latest boundary of the
-    teacher's that is not behind b; the bytes between the two are *emitted* already. The teacher's distribution at that row becomes one
-    over student tokens:
+    A student row at byte b of its unit is compared with the unit's teacher row whose token begins at the latest boundary of
+    the teacher's that is not behind b; the bytes between the two are *emitted* already. The teacher's distribution at that row
+    becomes one over student tokens:
 
     1. Nothing emitted (a unit's first row, and any later one where both sides' tokens begin): every teacher token takes part. Its
        probability goes to its home, the longest student token whose bytes are a prefix of the token's. A special token goes where
@@ -48,12 +48,12 @@ def bpm_loss(
        probability goes to the home of the bytes that it has after the emitted ones. (The token that the teacher's row realises is
        one of them. A token equal to the emitted bytes is not: its row would end here, and the next one begin.)
 
-    What goes to one student token is summed. What has no home goes to a *residual class*. On the student's side that class is its
-    mass on all tokens that nothing routes to in this row, so that both sides are distributions over the same events, and equal
-    ones cost nothing. It is a choice: the source names the class and does not say what of the student's stands against it.
-    Where the student has no such token, the class is left out and the row counts with the teacher's mass that has a home:
-    loss(row) = (1 - R) KL( teacher / (1 - R) || student ). With two equal vocabularies without double spellings, and units of one token
-    each, the loss is ordinary forward KL.
+    What goes to one student token is summed. What has no home goes to a *residual class*. On the student's side that class is
+    its mass on all tokens that nothing routes to in this row, so that both sides are distributions over the same events, and
+    equal ones cost nothing. (Our choice: what stands against the class on the student's side is not in our account of the
+    method.) Where the student has no such token, the class, of teacher mass R, is left out and the row counts for less:
+    loss(row) = (1 - R) KL( teacher / (1 - R) || student ). With two equal vocabularies without double spellings, and units of
+    one token each, the loss is ordinary forward KL.
 
     loss(unit) is the sum over its student rows. Gradients go to student_hidden and the student head's weight and bias.
 
@@ -67,7 +67,8 @@ def bpm_loss(
 
     Returns:
         The loss in float32 (float64 if any input is), or (loss, unit_losses). No unit gives a differentiable 0. A NaN that
-        a unit reads makes that unit's loss NaN, a token that only the student excludes makes it infinite. Double backward is refused.
+        a unit reads makes that unit's loss NaN, a token that only the student excludes makes it infinite. Double backward is
+        refused.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, tables of other vocabularies, tokens outside a head's vocabulary, a
@@ -155,7 +156,9 @@ def _check_texts(student_tokens, teacher_tokens, owner, teacher_owner, longer: T
         return
     differs = [u for u in range(len(longer)) if not text[unit == u].equal(teacher_text[teacher_unit == u])]
     unit_number = int(longer[differs[0]])
-    raise ValueError(f"units: unit {unit_number} spells other bytes with its student tokens than with its teacher tokens")
+    raise ValueError(
+        f"units: unit {unit_number} spells other bytes with its student tokens than with its teacher tokens"
+    )
 
 
 class _PrefixDivergence:

@@ -37,13 +37,13 @@ class Projection:
         return _relative(self.mass, log_q).sum(dim=1) + _relative(rest, log_rest) - torch.xlogy(kept, kept)
 
     def gradient(self, log_q: Tensor) -> Tensor:
-        """Of the divergence by the student's logits. Overwrites log_q."""
+        """Of the divergence by the student's logits."""
         rest, log_rest = self._residual(log_q)
         kept = self.mass.sum(dim=1) + rest
-        # The residual class's mass goes to its tokens in the student's own proportions; where there is none, no row asks for them.
-        share = torch.where(rest == 0, rest, rest / log_rest.exp())
-        weight = torch.where(self.routed, kept[:, None], (kept - share)[:, None])
-        return log_q.exp_().mul_(weight).sub_(self.mass)
+        # The residual class's mass is asked of its tokens in the student's own proportions.
+        raised = torch.where(rest == 0, -torch.inf, rest.log() - log_rest)
+        asked = torch.where(self.routed, self.mass, (log_q + raised[:, None]).exp_())
+        return log_q.exp().mul_(kept[:, None]).sub_(asked)
 
     def _residual(self, log_q: Tensor) -> tuple[Tensor, Tensor]:  # [r], [r]
         log_rest = log_q.masked_fill(self.routed, -torch.inf).logsumexp(dim=1)

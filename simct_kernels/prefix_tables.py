@@ -37,7 +37,9 @@ class PrefixTables:
     routed: Tensor  # bool [V_s], whether a student token is the home of any teacher token
     suffix_home: Tensor  # int32 [B_t], of what a teacher token has from this byte on
     teacher_order: Tensor  # int64 [n_t], the teacher's tokens with bytes, sorted by them
-    continued_begin: Tensor  # int32 [B_t], in teacher_order: the tokens that start with what this token has before this byte,
+    continued_begin: (
+        Tensor  # int32 [B_t], in teacher_order: the tokens that start with what this token has before this byte,
+    )
     continued_stop: Tensor  # int32 [B_t]   and are longer
     student_order: Tensor  # int64 [n_s], the student's tokens with bytes, sorted by them
     group_begin: Tensor  # int64 [V_s], the completions of each student token: groups from here
@@ -59,8 +61,8 @@ class PrefixTables:
         """Reads the bytes of every token of both sides, a few seconds for 250,000 tokens.
 
         Args:
-            student_bytes, teacher_bytes: by id, one for each row of the side's head; None for a token that spells nothing: a special
-                one, or a row that only fills up the head.
+            student_bytes, teacher_bytes: by id, one for each row of the side's head; None for a token that spells nothing: a
+                special one, or a row that only fills up the head.
             special_routes: {teacher id: student id} of tokens that mean the same without regard to bytes, such as the ends of
                 turn. A teacher token without bytes and without a route has no home.
             canonical: the student id that is meant where several spell the same bytes; the lowest if not given.
@@ -162,7 +164,11 @@ def _continued(pieces: Pieces, order: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def _completions(
-    student: Pieces, student_order: Sequence[int], teacher: Pieces, teacher_order: Sequence[int], ids: Mapping[bytes, int]
+    student: Pieces,
+    student_order: Sequence[int],
+    teacher: Pieces,
+    teacher_order: Sequence[int],
+    ids: Mapping[bytes, int],
 ) -> dict[str, Tensor]:
     spelled = [student[i] for i in student_order]
     unspelled = {teacher[i] for i in teacher_order} - ids.keys()

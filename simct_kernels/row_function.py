@@ -36,8 +36,8 @@ def over_rows(
 ) -> Tensor:
     """[R] in `dtype`: the function of each of `rows`, with gradients to hidden and to the head's weight and bias.
 
-    A row whose upstream gradient is 0 is not computed again: a caller may drop a non-finite value and train on. `sections`: the rows
-    come in so many stretches of these lengths, which the function treats differently; no chunk holds rows of two.
+    A row whose upstream gradient is 0 is not computed again: a caller may drop a non-finite value and train on. `sections`: the
+    lengths of stretches of rows that the function treats differently; no chunk holds rows of two.
     """
     chunks = list(parts(len(rows), step) if sections is None else _section_parts(sections, step))
     return _OverRows.apply(function, rows, chunks, dtype, head, hidden, head.weight, head.bias)
