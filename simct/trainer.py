@@ -114,7 +114,7 @@ class SimCTTrainer(Checkpoints, Trainer):
         self.layout = Layout.of(student, args.packing)
         for found in teachers.values():
             found.place(args.device, packing=args.packing, offload=args.offload_teacher)
-        self.scorers = {name: replace(s, shared=s.shared.to(args.device)) for name, s in scorers.items()}
+        self.scorers = {name: scorer.to(args.device) for name, scorer in scorers.items()}
         self.default_teacher, first = next(iter(self.scorers.items()))
         self.teacher, self.pair, self.shared = first.teacher, first.pair, first.shared
         self.recorder = Recorder(args, self.accelerator)
@@ -310,7 +310,8 @@ class SimCTTrainer(Checkpoints, Trainer):
         scorer, units = self.scorers[part.teacher], part.alignment.to(self.args.device)
         ours, theirs = (student_hidden, head), (part.teacher_hidden, scorer.teacher.head)
         with self.phase("loss"):
-            loss, unit_losses = unit_loss(ours, theirs, units, scorer.shared, self.args)
+            lengths = list(map(len, part.samples.student_responses))
+            loss, unit_losses = unit_loss(ours, theirs, units, lengths, scorer, self.args)
         unit_losses = unit_losses.cpu()
         if not torch.isfinite(loss):
             return self._nonfinite(loss, part, unit_losses)
