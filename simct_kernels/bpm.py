@@ -94,8 +94,8 @@ def bpm_loss(
 
 
 def auto_prefix_rows(student_head: LMHead, teacher_head: LMHead, device: torch.device) -> int:
-    """Rows at a time: both sides' logits, the projection, its logarithm and what of it is summed stand side by side."""
-    return auto_rows(6 * max(student_head.weight.shape[0], teacher_head.weight.shape[0]), device)
+    """Rows at a time: in the backward seven matrices of a chunk's size stand side by side."""
+    return auto_rows(7 * max(student_head.weight.shape[0], teacher_head.weight.shape[0]), device)
 
 
 class _Plan(NamedTuple):

@@ -37,16 +37,20 @@ def escd_loss(
     chunk_rows: int | str = "auto",
     return_unit_losses: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Forward KL of the teacher's distribution in the student's tokens at each unit's first row, and a completion at the next row.
+    """Forward KL of the teacher's distribution in the student's tokens at each unit's first row, and a completion at the next.
 
     At a unit's first row the loss is `bpm_loss`'s: each teacher token's probability goes to the longest student token that is a
     byte prefix of it, what has no home against the student's mass on all tokens that nothing routes to, nothing renormalised.
 
-    Where the student's token `a` of that row is a strict byte prefix of teacher tokens that no student token spells, the mass that
-    went to `a` for them is followed up. Those of which one is a prefix of the others are one group: M_g is their probability at the
-    unit's first teacher row, y_g the shortest, r_g what y_g has after `a`. The student's next row, where `a` is read already, pays
-    - sum over g of M_g log( sum of p_S(u) over the student tokens u that start with r_g ), p_S over the whole vocabulary.
-    Groups that no student token completes are left out: the sum over no token would make the loss infinite for every student.
+    Where the student's token `a` of that row is a strict byte prefix of teacher tokens that no one student token stands for,
+    the teacher's mass on them is followed up. Those of which one is a prefix of the others are one group: M_g is their
+    probability at the unit's first teacher row, y_g the shortest, r_g what y_g has after `a`. The student's next row, where `a`
+    is read already, pays
+
+        - sum over g of M_g log( sum of p_S(u) over the student tokens u that start with r_g ),
+
+    p_S being its softmax over the whole vocabulary. Groups that no student token completes are left out: the sum over no token
+    would make the loss infinite for every student.
 
     The next row is the next one of the response, be it in the same unit, in the next one or in none: what the teacher expected
     after `a` is known whatever the text does next. A response's last row has none. loss(unit) is the sum of both terms.

@@ -71,7 +71,7 @@ def escd_losses(
         loss = _divergence(routed, log_q[row])
         sampled = student_bytes[int(units.student_tokens[row])]
         if sampled and row not in last_rows:
-            for shortest, members in _groups(sampled, student_bytes, teacher_bytes).items():
+            for shortest, members in _groups(sampled, student_bytes, teacher_bytes, special_routes).items():
                 rest = shortest[len(sampled) :]
                 completing = [u for u, piece in enumerate(student_bytes) if piece and piece.startswith(rest)]
                 if completing:
@@ -124,13 +124,19 @@ def _divergence(
     return loss - kept * kept.log()
 
 
-def _groups(sampled: bytes, student_bytes: Pieces, teacher_bytes: Pieces) -> dict[bytes, list[int]]:
-    """The teacher tokens that go on after the sampled one and that no student token spells, by the shortest that begins them."""
+def _groups(
+    sampled: bytes, student_bytes: Pieces, teacher_bytes: Pieces, special_routes: Mapping[int, int]
+) -> dict[bytes, list[int]]:
+    """The teacher tokens that go on after the sampled one and that no student token stands for, by the shortest of them."""
     known = set(student_bytes)
     longer = [
         (piece, token)
         for token, piece in enumerate(teacher_bytes)
-        if piece and piece.startswith(sampled) and piece != sampled and piece not in known
+        if piece
+        and piece.startswith(sampled)
+        and piece != sampled
+        and piece not in known
+        and token not in special_routes
     ]
     groups: dict[bytes, list[int]] = {}
     for piece, token in sorted(longer, key=lambda entry: len(entry[0])):

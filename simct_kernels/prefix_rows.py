@@ -74,12 +74,8 @@ class ProjectedTeacher:
         """Nothing emitted yet: every teacher token goes to its home."""
         tables, count = self.tables, len(rows)
         probabilities = self.scores(rows).softmax(dim=1)
-        if probabilities.is_cuda:  # where scatter_add_ would use atomics
-            total = probabilities.new_zeros(tables.student_size + 1, count)
-            total = add_repeated(total, tables.home, probabilities.T.contiguous()).T
-        else:
-            total = probabilities.new_zeros(count, tables.student_size + 1)
-            total.scatter_add_(1, tables.home.expand(count, -1), probabilities)
+        total = probabilities.new_zeros(tables.student_size + 1, count)
+        total = add_repeated(total, tables.home, probabilities.T.contiguous()).T.contiguous()
         return Projection(total[:, :-1], total[:, -1], tables.routed.expand(count, -1))
 
     @torch.no_grad()

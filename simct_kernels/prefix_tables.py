@@ -6,7 +6,7 @@ Made once for a pair of vocabularies, on the CPU; afterwards everything is integ
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +23,11 @@ Pieces = Sequence[bytes | None]
 class PrefixTables:
     """Made by `PrefixTables.build`. V_s and V_t are the columns of the heads, B_t the bytes of all the teacher's tokens together.
 
-    The *home* of a byte string is the longest student token whose bytes are a prefix of it, V_s if there is none. The *completions*
-    of a student token `a` are groups of teacher tokens that start with `a` and are longer, and that no student token spells: those
-    of which one is a prefix of the others, the shortest being y. The student completes a group with any token that starts with
-    what y has after `a`; in `student_order` such tokens are neighbours. Groups that no student token completes are not listed.
+    The *home* of a byte string is the longest student token whose bytes are a prefix of it, V_s if there is none. The
+    *completions* of a student token `a` are groups of teacher tokens that start with `a` and are longer, and that no student
+    token stands for, by bytes or by a route: those of which one is a prefix of the others, the shortest being y. The student
+    completes a group with any token that starts with what y has after `a`; in `student_order` such tokens are neighbours.
+    Groups that no student token completes are not listed.
     """
 
     student_first: Tensor  # int64 [V_s + 1], where each token's bytes begin in student_text
@@ -105,7 +106,7 @@ class PrefixTables:
             continued_begin=continued[0],
             continued_stop=continued[1],
             student_order=torch.tensor(student_order, dtype=torch.int64),
-            **_completions(student_bytes, student_order, teacher_bytes, teacher_order, ids),
+            **_completions(student_bytes, student_order, teacher_bytes, _without(teacher_order, routes), ids),
         )
 
     @property
@@ -118,6 +119,10 @@ class PrefixTables:
 
     def to(self, device: torch.device | str) -> PrefixTables:
         return _moved(self, device)
+
+
+def _without(ids: Sequence[int], left_out: Container[int]) -> list[int]:
+    return [i for i in ids if i not in left_out]
 
 
 def _sorted_ids(pieces: Pieces) -> list[int]:

@@ -6,15 +6,18 @@ import dataclasses
 import random
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
-from simct_kernels import AlignedUnits, LMHead, PrefixTables
+from simct_kernels import AlignedUnits, LMHead, PrefixTables, bpm_loss, escd_loss
 from simct_kernels.prefix_reference import bpm_losses, escd_losses
 
 from .cases import Problem, make_shared
 
 LETTERS = [bytes([b]) for b in b"ab01\xff"]
+LOSSES = {"bpm": bpm_loss, "escd": escd_loss}
+BOTH = pytest.mark.parametrize("name", LOSSES)
 ENDS = (3, 5)  # the end of turn of student and teacher: special tokens
 
 
@@ -147,3 +150,7 @@ def prefix_problem(
 
 def without_units(problem: PrefixProblem) -> PrefixProblem:
     return dataclasses.replace(problem, units=problem.units.select(torch.zeros(0, dtype=torch.int64)))
+
+
+def run(name: str, problem: PrefixProblem, **options):
+    return LOSSES[name](*getattr(problem, name)(), **options)

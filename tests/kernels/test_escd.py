@@ -1,4 +1,4 @@
-"""ESCD's completions, by hand and at the ends of responses. What it shares with BPM is tested in test_bpm.py."""
+"""ESCD's completions, by hand and at the ends of responses. Against its oracle: test_bpm.py."""
 
 import dataclasses
 

@@ -43,7 +43,7 @@ def check(student: list, teacher: list) -> None:
     assert tables.routed.nonzero().flatten().tolist() == sorted({int(h) for h in tables.home if h != none})
     for a, piece in enumerate(student):
         expected = {}
-        for shortest, members in _groups(piece, student, teacher).items() if piece else ():
+        for shortest, members in _groups(piece, student, teacher, {}).items() if piece else ():
             completing = {u for u, p in enumerate(student) if p and p.startswith(shortest[len(piece) :])}
             if completing:
                 expected[tuple(sorted(members))] = completing
@@ -86,6 +86,8 @@ def test_double_spellings_and_routes():
     assert tables.routed.tolist() == [False, True, True, True, True]
     assert read(tables, 0) == read(tables, 1) == {(0,): {2}}  # either spelling of a may have been sampled
     assert PrefixTables.build(student, teacher).home[0] == 0
+    routed = PrefixTables.build(student, teacher, special_routes={0: 3})
+    assert read(routed, 0) == {}  # a student token stands for ab
 
 
 def test_to():
