@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
 
 from simct_kernels import AlignedUnits, LMHead, PrefixTables, bpm_loss
 from simct_kernels.bpm import _plan
@@ -75,17 +76,26 @@ TEACHER_MASS = [0.05, 0.1, 0.02, 0.3, 0.2, 0.1, 0.03, 0.2]
 STUDENT_MASS = [[0.4, 0.2, 0.1, 0.1, 0.2], [0.1, 0.3, 0.2, 0.15, 0.25]]
 
 
-def digits(student: list[int], teacher: list[int]) -> PrefixProblem:
-    """One unit in which the student's rows predict STUDENT_MASS and each teacher row predicts TEACHER_MASS."""
+def digits(
+    student: list[int], teacher: list[int], student_mass=STUDENT_MASS, teacher_mass=TEACHER_MASS
+) -> PrefixProblem:
+    """One unit in which the student's rows predict student_mass and each teacher row predicts teacher_mass."""
     units = AlignedUnits(
         *(torch.tensor([x]) for x in (0, len(student), 0, len(teacher))), torch.tensor(student), torch.tensor(teacher)
     )
-    mass = torch.tensor(STUDENT_MASS, dtype=torch.float64)[: len(student)].log().requires_grad_()
-    teacher_mass = torch.tensor([TEACHER_MASS] * len(teacher), dtype=torch.float64).log()
-    one = {n: LMHead(torch.eye(n, dtype=torch.float64, requires_grad=n == 5)) for n in (5, 8)}
+    ours, head = rows_of(student_mass[: len(student)])
+    theirs, teacher_head = rows_of([teacher_mass] * len(teacher))
     tables = PrefixTables.build(STUDENT_DIGITS, TEACHER_DIGITS, special_routes={7: 4})
-    return PrefixProblem(mass, one[5], teacher_mass, one[8], units, make_shared(3, 5, 8), tuple(STUDENT_DIGITS),
+    return PrefixProblem(ours.requires_grad_(), head, theirs, teacher_head, units, make_shared(3, 5, 8), tuple(STUDENT_DIGITS),
                          tuple(TEACHER_DIGITS), {7: 4}, (len(student),), tables)  # fmt: skip
+
+
+def rows_of(mass: list[list[float]]) -> tuple[Tensor, LMHead]:
+    """Hidden states and a head that predict it; a token that no row has is excluded by its bias."""
+    mass = torch.tensor(mass, dtype=torch.float64)
+    never = (mass == 0).all(dim=0)
+    bias = torch.zeros(mass.shape[1], dtype=torch.float64).masked_fill_(never, -torch.inf)
+    return mass.log().masked_fill_(never, 0), LMHead(torch.eye(mass.shape[1], dtype=torch.float64), bias)
 
 
 def kl(*outcomes: tuple[float, float]) -> float:
@@ -132,6 +142,18 @@ def test_a_student_without_tokens_for_the_residual_class():
     torch.testing.assert_close(hidden.grad, 0.6 * torch.tensor([[0.3 - 0.5, 0.7 - 0.5]], dtype=torch.float64))
     oracle = bpm_losses(hidden, p.log(), units, student, teacher, {})
     assert oracle.item() == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_a_residual_class_that_both_exclude():
+    """4 has no home and no probability, 21 nothing that routes to it and none either: nothing is asked, and nothing lost."""
+    student = [[0.5, 0.2, 0.1, 0.0, 0.2]]
+    problem = digits([0], [0], student, [0.08, 0.1, 0.02, 0.3, 0.2, 0.1, 0.0, 0.2])
+    loss = bpm_loss(*problem.bpm())
+    loss.backward()
+    assert loss.item() == pytest.approx(kl((0.68, 0.5), (0.1, 0.2), (0.02, 0.1), (0.2, 0.2)), rel=1e-12)
+    expected = torch.tensor([[0.5 - 0.68, 0.2 - 0.1, 0.1 - 0.02, 0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(problem.student_hidden.grad, expected)
+    assert bpm_loss(*digits([0], [0], student).bpm()).item() == torch.inf  # 4 is possible
 
 
 @BOTH

@@ -48,6 +48,28 @@ def test_nothing_is_completed_behind_the_end_of_a_response():
     assert not problem.student_hidden.grad[1].any()
 
 
+def test_a_completion_that_the_student_excludes():
+    """Neither 2 nor 21: infinitely wrong if the teacher expects 12, nothing if it does not."""
+    student = [[0.4, 0.0, 0.3, 0.0, 0.3], [0.1, 0.0, 0.5, 0.0, 0.4]]
+    for expected in (0.0, 0.1):
+        teacher = [0.4 - expected, 0.0, 0.2, expected, 0.2, 0.0, 0.0, 0.2]
+        problem = digits([0, 1], [0], student, teacher)
+        problem = dataclasses.replace(
+            problem, units=dataclasses.replace(problem.units, student_length=torch.tensor([1]))
+        )
+        loss = escd_loss(*problem.escd())
+        if expected:
+            assert loss.item() == torch.inf
+            continue
+        loss.backward()
+        first = kl((0.6, 0.4), (0.2, 0.3), (0.2, 0.3))
+        assert loss.item() == pytest.approx(
+            first - 0.2 * torch.tensor(0.5, dtype=torch.float64).log().item(), rel=1e-12
+        )
+        asked = torch.tensor([0.02, 0.0, 0.2 * 0.5 - 0.2, 0.0, 0.2 * 0.4], dtype=torch.float64)
+        torch.testing.assert_close(problem.student_hidden.grad[1], asked)
+
+
 def test_packed_responses_are_the_responses_one_by_one():
     problem = prefix_problem(7, responses=5, dropped=0.0)
     losses = escd_loss(*problem.escd(), reduction="none")
