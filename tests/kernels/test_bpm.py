@@ -157,6 +157,27 @@ def test_a_residual_class_that_both_exclude():
 
 
 @BOTH
+def test_a_student_of_single_digits_that_writes_as_its_teacher_of_pairs_has_no_gradient(name):
+    """The teacher's distribution over pairs, as first digit and second given the first, is where both losses are least."""
+    student = [str(d).encode() for d in range(10)] + [None]
+    teacher = [f"{n:02}".encode() for n in range(100)] + [None]
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(101, dtype=torch.float64, generator=generator).softmax(0)
+    pairs = p[:100].view(10, 10)
+    first, second = torch.cat([pairs.sum(1), p[100:]]), torch.cat([pairs[7] / pairs[7].sum(), p.new_zeros(1)])
+    hidden = torch.stack([first, second]).log().clamp(min=-90).requires_grad_()
+    units = AlignedUnits(*(torch.tensor([x]) for x in (0, 2, 0, 1)), torch.tensor([7, 3]), torch.tensor([73]))
+    heads = [LMHead(torch.eye(n, dtype=torch.float64)) for n in (11, 101)]
+    tables = PrefixTables.build(student, teacher, special_routes={100: 10})
+    more = ([2],) if name == "escd" else ()
+    loss = LOSSES[name](hidden, heads[0], p.log()[None], heads[1], units, tables, *more)
+    loss.backward()
+    assert hidden.grad.abs().max() < 1e-15
+    entropy = -(pairs[7] * second[:10].log()).sum().item()  # a completion is a cross-entropy
+    assert loss.item() == pytest.approx(entropy if name == "escd" else 0.0, abs=1e-14)
+
+
+@BOTH
 def test_one_vocabulary_is_ordinary_distillation(name):
     problem = prefix_problem(2, dropped=0.0)
     pieces = list(dict.fromkeys(p for p in problem.student_bytes if p)) + [None]
