@@ -17,7 +17,7 @@ from simct_kernels.torch_plan import _AUTO_ELEMENTS, _AUTO_ELEMENTS_ELSEWHERE
 RESERVE = 0.08  # share of a device's memory kept free: the context of CUDA, workspaces, fragmentation
 
 # Objectives that read whole rows of logits. Their automatic chunk's matrices, and those that were counted at once on demo sizes.
-_WHOLE_ROWS = {"uld": (4, 11), "alm": (2, 3), "bpm": (7, 7), "escd": (7, 7)}
+WHOLE_ROWS = {"uld": (4, 11), "alm": (2, 3), "bpm": (7, 7), "escd": (7, 7)}
 _TABLE_BYTES = (
     50,
     160,
@@ -265,7 +265,7 @@ def loss_bytes(
     columns = max(len(ours), len(theirs))
     limit = _AUTO_ELEMENTS.get(device_type, _AUTO_ELEMENTS_ELSEWHERE)
     if objective != "simct":
-        counted, held = _WHOLE_ROWS[objective]
+        counted, held = WHOLE_ROWS[objective]
         chunk = min((chunk_rows or max(1, limit // (counted * columns))), rows) * columns
         sizes = zip(_TABLE_BYTES, (len(ours), len(theirs)), strict=True)
         tables = sum(size * count for size, count in sizes) if objective in PREFIX_OBJECTIVES else 0

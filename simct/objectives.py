@@ -10,6 +10,7 @@ from simct.ablations import mask_longer, merge_randomly
 from simct.collector import Scorer
 from simct.config import SimCTConfig
 from simct.faults import is_out_of_memory, release_memory
+from simct.memory import WHOLE_ROWS
 from simct.pair import Alignment
 from simct_kernels import AlignedUnits, LMHead, alm_loss, bpm_loss, escd_loss, linear_simct_loss, uld_loss
 from simct_kernels.torch_plan import auto_rows
@@ -47,7 +48,7 @@ def unit_loss(
         if not is_out_of_memory(error):
             raise
     # Outside of the handler: the error holds on to what was allocated.
-    rows = args.chunk_rows or auto_rows(student[1].weight.shape[0], student[0].device)
+    rows = args.chunk_rows or _auto_rows(student, teacher, args.objective)
     half = max(1, rows // 2)
     warnings.warn(f"out of memory in the loss with chunk_rows={rows}: once more with {half}", stacklevel=2)
     release_memory(student[0].device)
@@ -60,6 +61,14 @@ def unit_loss(
             f"out of memory in the loss for {len(units.student_start)} units, with chunk_rows {rows} and {half}: set "
             f"chunk_rows to {max(1, half // 2)} or less, or max_tokens_per_batch"
         ) from error
+
+
+def _auto_rows(student: Rows, teacher: Rows, objective: str) -> int:
+    """What chunk_rows="auto" meant: of more matrices at once, fewer rows."""
+    columns = student[1].weight.shape[0]
+    if objective in WHOLE_ROWS:
+        columns = WHOLE_ROWS[objective][0] * max(columns, teacher[1].weight.shape[0])
+    return auto_rows(columns, student[0].device)
 
 
 def _compute(student: Rows, teacher: Rows, units, lengths, scorer: Scorer, args: SimCTConfig, chunk_rows: int | None):

@@ -1,11 +1,12 @@
 """The objectives on byte prefixes in a run: their tables, and the demo pair trained with each."""
 
 import pytest
+import torch
 from test_trainer import PROMPTS, STUDENT, TEACHER, config, logs
 
-from simct import SimCTTrainer
+from simct import SimCTTrainer, objectives
 from simct.pair import TokenizerPair
-from simct_kernels import escd_loss
+from simct_kernels import escd_loss, torch_plan
 
 
 def test_the_tables_of_a_pair(demo_tokenizers):
@@ -43,6 +44,26 @@ def test_the_loss_falls(tmp_path, objective, options):
     losses = [row["loss"] for row in logs(trainer)]
     assert len(losses) == 12 and all(row["tokens/longer"] > 0 for row in logs(trainer))
     assert losses[-1] < 0.7 * losses[0] and losses[6] < losses[0], losses
+
+
+@pytest.mark.parametrize("objective", ["bpm", "escd", "uld"])
+def test_out_of_memory_halves_the_objectives_own_chunk(tmp_path, monkeypatch, objective):
+    monkeypatch.setitem(torch_plan._AUTO_ELEMENTS, "cpu", 1 << 17)
+    original, asked = getattr(objectives, f"{objective}_loss"), []
+
+    def loss(*args, chunk_rows, **kwargs):
+        asked.append(chunk_rows)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("no room for logits")
+        return original(*args, chunk_rows=chunk_rows, **kwargs)
+
+    monkeypatch.setattr(objectives, f"{objective}_loss", loss)
+    trainer = SimCTTrainer(STUDENT, TEACHER, config(tmp_path, objective=objective, max_steps=1), PROMPTS)
+    with pytest.warns(UserWarning, match="out of memory in the loss with chunk_rows="):
+        trainer.train()
+    columns = max(trainer.model.config.vocab_size, trainer.teacher.model.config.vocab_size)
+    matrices = {"bpm": 7, "escd": 7, "uld": 4}[objective]
+    assert asked == ["auto", (1 << 17) // (matrices * columns) // 2] and asked[1] > 1
 
 
 def test_the_trainer_says_where_responses_end(tmp_path, monkeypatch):
