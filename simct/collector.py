@@ -2,14 +2,14 @@
 teacher's tokens."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simct.checks import context_length
-from simct.config import SimCTConfig
+from simct.config import PREFIX_OBJECTIVES, SimCTConfig
 from simct.data import reference_answer
 from simct.metrics import PhaseTimer
 from simct.pair import TokenizerPair
@@ -17,7 +17,7 @@ from simct.renderer import Renderer
 from simct.rollout import Response, RolloutEngine, Sampling, cut_at_stop_string
 from simct.samples import Sample, Samples
 from simct.teacher import LocalTeacher
-from simct_kernels import SharedVocabulary
+from simct_kernels import LMHead, PrefixTables, SharedVocabulary
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Scorer:
     pair: TokenizerPair
     shared: SharedVocabulary  # on the device of the loss
     render: Renderer
+    tables: PrefixTables | None = None  # there too, for the objectives that read them
 
     @classmethod
     def build(
@@ -47,7 +48,16 @@ class Scorer:
         options = args.teacher_chat_template_kwargs or args.chat_template_kwargs or {}
         render = Renderer(teacher.tokenizer, args.prompt_format, options, args.teacher_system_prompt, context=True)
         render.check("teacher")
-        return cls(teacher, pair, pair.shared, render)
+        tables = None
+        if args.objective in PREFIX_OBJECTIVES:
+            heads = (LMHead.from_model(student), LMHead.from_model(teacher.model))
+            tables = pair.prefix_tables(*(head.weight.shape[0] for head in heads))
+        return cls(teacher, pair, pair.shared, render, tables)
+
+    def to(self, device: torch.device) -> "Scorer":
+        """What the loss reads of it there; the teacher is placed on its own."""
+        tables = None if self.tables is None else self.tables.to(device)
+        return replace(self, shared=self.shared.to(device), tables=tables)
 
 
 class Collector:

@@ -9,6 +9,9 @@ from simct.prompts import PROMPT_FORMATS
 from simct.rollout import ENGINES, Sampling
 from simct_kernels.options import CANDIDATES, SCORES
 
+PREFIX_OBJECTIVES = ("bpm", "escd")  # they read `simct_kernels.PrefixTables`
+OBJECTIVES = ("simct", *PREFIX_OBJECTIVES, "uld", "alm")
+
 
 def option(default, help: str, **metadata):
     return field(default=default, metadata={"help": help, **metadata})
@@ -108,7 +111,9 @@ class SimCTConfig(TrainingArguments):
         None, "Mask units on whose candidates the teacher puts less than this mass."
     )
     alignment: str = option("bytes", "bytes: the minimal partition; anchored: the rule of the authors' public code.")
-    objective: str = option("simct", "simct, or a baseline on the same alignment: uld, alm.")
+    objective: str = option(
+        "simct", "simct; on byte prefixes: bpm, escd (forward KL); baselines on the same alignment: uld, alm."
+    )
     units: str = option(
         "all",
         "all: SimCT; single: only one-to-one units (SimpleOPD on the byte alignment); merged: neighbours merged at random.",
@@ -160,7 +165,7 @@ class SimCTConfig(TrainingArguments):
         one_of("candidates", self.candidates, CANDIDATES)
         one_of("alignment", self.alignment, ("bytes", "anchored"))
         one_of("units", self.units, ("all", "single", "merged"))
-        one_of("objective", self.objective, ("simct", "uld", "alm"))
+        one_of("objective", self.objective, OBJECTIVES)
         one_of("packing", self.packing, ("auto", "on", "off"))
         one_of("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         one_of("on_bad_row", self.on_bad_row, ("fail", "skip"))

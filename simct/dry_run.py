@@ -164,6 +164,7 @@ def numbers_of(
         chunk_rows=config.chunk_rows,
         offload_teacher=bool(_get(config, "offload_teacher", False)),
         device_type="cpu" if on_cpu else "cuda",
+        objective=_get(config, "objective", "simct"),
     )
 
 

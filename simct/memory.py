@@ -11,9 +11,17 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from simct.config import PREFIX_OBJECTIVES
 from simct_kernels.torch_plan import _AUTO_ELEMENTS, _AUTO_ELEMENTS_ELSEWHERE
 
 RESERVE = 0.08  # share of a device's memory kept free: the context of CUDA, workspaces, fragmentation
+
+# Objectives that read whole rows of logits. Their automatic chunk's matrices, and those that were counted at once on demo sizes.
+WHOLE_ROWS = {"uld": (4, 11), "alm": (2, 3), "bpm": (7, 7), "escd": (7, 7)}
+_TABLE_BYTES = (
+    50,
+    160,
+)  # PrefixTables, by token of the student and of the teacher: of Gemma 3 and SmolLM2, either way round
 
 PARTS = {
     "student_weights": "student: weights",
@@ -28,7 +36,7 @@ PARTS = {
     "teacher_working": "teacher: one layer at work",
     "teacher_hidden": "teacher: hidden rows of the step's responses",
     "student_hidden": "student: hidden rows of a micro-batch",
-    "loss": "loss: chunk of logits, head gradient, shared rows",
+    "loss": "loss: chunk of logits, head gradient, shared rows or tables",
 }
 # What is held at once. The teacher scores all responses of a step before the student's first micro-batch; gradients are freed
 # after the optimiser step.
@@ -93,6 +101,7 @@ def estimate(
     chunk_rows: int | None = None,
     offload_teacher: bool = False,
     device_type: str = "cuda",
+    objective: str = "simct",
 ) -> MemoryEstimate:
     """The bytes of each part of a run.
 
@@ -109,6 +118,7 @@ def estimate(
         kv_cache_bytes: a bound on the rollouts' keys and values.
         shared_tokens: K, the smaller vocabulary if not given.
         chunk_rows: as `linear_simct_loss`; by device if not given.
+        objective: as `SimCTConfig.objective`.
     Raises:
         ValueError: a count below 1.
     """
@@ -144,7 +154,7 @@ def estimate(
         teacher_working=batch_tokens * layer_bytes(teacher, sequence_tokens, teacher_dtype, teacher_dtype) // 2,
         teacher_hidden=rollouts * response_tokens * _config(teacher).hidden_size * teacher_dtype.itemsize,
         student_hidden=rows * _config(student).hidden_size * compute.itemsize,
-        loss=loss_bytes(student, teacher, rows, compute, shared_tokens, chunk_rows, device_type),
+        loss=loss_bytes(student, teacher, rows, compute, shared_tokens, chunk_rows, device_type, objective),
         offload_teacher=offload_teacher,
     )
 
@@ -245,13 +255,21 @@ def loss_bytes(
     shared_tokens: int | None,
     chunk_rows: int | None,
     device_type: str,
+    objective: str,
 ) -> int:
     """What `linear_simct_loss` holds: float32 chunks of both sides' logits and of the gradient, float32 gradients of hidden rows
-    and head, both heads' rows of the shared vocabulary, and the gradient of the student's."""
+    and head, both heads' rows of the shared vocabulary, and the gradient of the student's. The other objectives know no shared
+    rows, and hold more matrices of a smaller chunk."""
     ours, theirs = (model.get_output_embeddings().weight for model in (student, teacher))
     shared = shared_tokens or min(len(ours), len(theirs))
     columns = max(len(ours), len(theirs))
     limit = _AUTO_ELEMENTS.get(device_type, _AUTO_ELEMENTS_ELSEWHERE)
+    if objective != "simct":
+        counted, held = WHOLE_ROWS[objective]
+        chunk = min((chunk_rows or max(1, limit // (counted * columns))), rows) * columns
+        sizes = zip(_TABLE_BYTES, (len(ours), len(theirs)), strict=True)
+        tables = sum(size * count for size, count in sizes) if objective in PREFIX_OBJECTIVES else 0
+        return 4 * (held * chunk + (ours.numel() if ours.requires_grad else 0) + rows * ours.shape[1]) + tables
     chunk = min((chunk_rows or max(1, limit // columns)), rows) * columns
     trained = ours.numel() + shared * ours.shape[1] if ours.requires_grad else 0
     kept = shared * (ours.shape[1] * compute.itemsize + theirs.shape[1] * theirs.element_size())

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from simct.ablations import mask_longer, merge_randomly
+from simct.collector import Scorer
 from simct.config import SimCTConfig
 from simct.faults import is_out_of_memory, release_memory
+from simct.memory import WHOLE_ROWS
 from simct.pair import Alignment
-from simct_kernels import AlignedUnits, LMHead, SharedVocabulary, alm_loss, linear_simct_loss, uld_loss
+from simct_kernels import AlignedUnits, LMHead, alm_loss, bpm_loss, escd_loss, linear_simct_loss, uld_loss
 from simct_kernels.torch_plan import auto_rows
 
 Rows = tuple[Tensor, LMHead]  # hidden rows [N, H] and the head that they belong to
@@ -33,24 +35,25 @@ def supervised_units(
 
 
 def unit_loss(
-    student: Rows, teacher: Rows, units: AlignedUnits, shared: SharedVocabulary, args: SimCTConfig
+    student: Rows, teacher: Rows, units: AlignedUnits, lengths: list[int], scorer: Scorer, args: SimCTConfig
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of the run's objective, and the units' losses [G], detached.
 
-    Out of memory, it is tried once more with half the rows of logits at a time; RuntimeError says what would fit if that fails too.
+    `lengths`: student tokens of each response. Out of memory, it is tried once more with half the rows of logits at a time;
+    RuntimeError says what would fit if that fails too.
     """
     try:
-        return _compute(student, teacher, units, shared, args, args.chunk_rows)
+        return _compute(student, teacher, units, lengths, scorer, args, args.chunk_rows)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
     # Outside of the handler: the error holds on to what was allocated.
-    rows = args.chunk_rows or auto_rows(student[1].weight.shape[0], student[0].device)
+    rows = args.chunk_rows or _auto_rows(student, teacher, args.objective)
     half = max(1, rows // 2)
     warnings.warn(f"out of memory in the loss with chunk_rows={rows}: once more with {half}", stacklevel=2)
     release_memory(student[0].device)
     try:
-        return _compute(student, teacher, units, shared, args, half)
+        return _compute(student, teacher, units, lengths, scorer, args, half)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -60,11 +63,23 @@ def unit_loss(
         ) from error
 
 
-def _compute(student: Rows, teacher: Rows, units, shared, args: SimCTConfig, chunk_rows: int | None):
+def _auto_rows(student: Rows, teacher: Rows, objective: str) -> int:
+    """What chunk_rows="auto" meant: of more matrices at once, fewer rows."""
+    columns = student[1].weight.shape[0]
+    if objective in WHOLE_ROWS:
+        columns = WHOLE_ROWS[objective][0] * max(columns, teacher[1].weight.shape[0])
+    return auto_rows(columns, student[0].device)
+
+
+def _compute(student: Rows, teacher: Rows, units, lengths, scorer: Scorer, args: SimCTConfig, chunk_rows: int | None):
     rows = "auto" if chunk_rows is None else chunk_rows
-    if args.objective != "simct":
-        baseline = {"uld": uld_loss, "alm": alm_loss}[args.objective]
-        options = dict(temperature=args.loss_temperature, chunk_rows=rows, return_unit_losses=True)
-        return baseline(*student, *teacher, units, **options)
-    options = {**args.loss_options(), "chunk_rows": rows}
-    return linear_simct_loss(*student, *teacher, units, shared, **options, return_unit_losses=True)
+    given = (*student, *teacher, units)
+    if args.objective == "simct":
+        options = {**args.loss_options(), "chunk_rows": rows}
+        return linear_simct_loss(*given, scorer.shared, **options, return_unit_losses=True)
+    options = dict(temperature=args.loss_temperature, chunk_rows=rows, return_unit_losses=True)
+    if args.objective == "bpm":
+        return bpm_loss(*given, scorer.tables, **options)
+    if args.objective == "escd":
+        return escd_loss(*given, scorer.tables, lengths, **options)
+    return {"uld": uld_loss, "alm": alm_loss}[args.objective](*given, **options)

@@ -17,6 +17,7 @@ from simct.coverage import Coverage, RuleCoverage, greedy_single, shared_by_stri
 from simct.endings import end_ids
 from simct.side import Ids, Side, text_blocks
 from simct_kernels.inputs import AlignedUnits, SharedVocabulary
+from simct_kernels.prefix_tables import PrefixTables
 
 # Why a student token is in no unit. Where several apply, the later one is counted.
 _REASONS = (
@@ -102,6 +103,7 @@ class TokenizerPair:
         self._student = Side("student", student_tokenizer, self.student_end_ids, student_vocabulary_size)
         self._teacher = Side("teacher", teacher_tokenizer, self.teacher_end_ids)
         self.shared = self._share(mapped)
+        self._mapped = mapped
         self._partner = np.full(len(self._student.pieces), -1)  # a shared student id's teacher id
         self._partner[self.shared.student_ids.numpy()] = self.shared.teacher_ids.numpy()
         self._prefixes: _PrefixIndex | None = None
@@ -193,6 +195,18 @@ class TokenizerPair:
             if m:
                 cuts.append(Cut(tuple(student_pieces[s:i]), tuple(teacher_pieces[t:j]), aligned=True))
         return cuts
+
+    def prefix_tables(self, student_size: int, teacher_size: int) -> PrefixTables:
+        """What `bpm_loss` and `escd_loss` read, for heads of so many rows. Takes seconds: make it once.
+
+        Mapped special tokens go where the mapping says, any other end-of-turn of the teacher to the student's primary one.
+        """
+        routes = dict.fromkeys(self.teacher_end_ids, self.end_pair[0])
+        routes.update((teacher, student) for student, teacher in self._mapped.items())
+        sides = ((self._student.pieces, student_size), (self._teacher.pieces, teacher_size))
+        pieces = [(side + [None] * size)[:size] for side, size in sides]  # a head may have rows for no token, a padding
+        canonical = {piece: i for piece, i in self._student.by_bytes().items() if i < student_size}
+        return PrefixTables.build(*pieces, special_routes=routes, canonical=canonical)
 
     def student_pieces(self, ids: Ids) -> list[bytes | None]:
         """The bytes of student tokens, `None` for a special one."""

@@ -47,6 +47,11 @@ class Samples(list[Sample]):
         return [sample.response.token_ids for sample in self]
 
     @property
+    def response_lengths(self) -> list[int]:
+        """Student tokens of each."""
+        return [len(sample.response.token_ids) for sample in self]
+
+    @property
     def teacher_responses(self) -> list[list[int]]:
         return [sample.teacher_response for sample in self]
 

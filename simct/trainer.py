@@ -114,7 +114,7 @@ class SimCTTrainer(Checkpoints, Trainer):
         self.layout = Layout.of(student, args.packing)
         for found in teachers.values():
             found.place(args.device, packing=args.packing, offload=args.offload_teacher)
-        self.scorers = {name: replace(s, shared=s.shared.to(args.device)) for name, s in scorers.items()}
+        self.scorers = {name: scorer.to(args.device) for name, scorer in scorers.items()}
         self.default_teacher, first = next(iter(self.scorers.items()))
         self.teacher, self.pair, self.shared = first.teacher, first.pair, first.shared
         self.recorder = Recorder(args, self.accelerator)
@@ -241,8 +241,7 @@ class SimCTTrainer(Checkpoints, Trainer):
         disjoint = self.args.candidates == "disjoint"
         samples = part.samples
         alignment = pair.align_batch(samples.student_responses, samples.teacher_responses, disjoint=disjoint)
-        lengths = list(map(len, samples.student_responses))
-        return supervised_units(alignment, self.args, lengths, pair.student_end_ids, draws)
+        return supervised_units(alignment, self.args, samples.response_lengths, pair.student_end_ids, draws)
 
     # ---- The loss ----
 
@@ -310,7 +309,7 @@ class SimCTTrainer(Checkpoints, Trainer):
         scorer, units = self.scorers[part.teacher], part.alignment.to(self.args.device)
         ours, theirs = (student_hidden, head), (part.teacher_hidden, scorer.teacher.head)
         with self.phase("loss"):
-            loss, unit_losses = unit_loss(ours, theirs, units, scorer.shared, self.args)
+            loss, unit_losses = unit_loss(ours, theirs, units, part.samples.response_lengths, scorer, self.args)
         unit_losses = unit_losses.cpu()
         if not torch.isfinite(loss):
             return self._nonfinite(loss, part, unit_losses)

@@ -83,11 +83,11 @@ def _unit_logprobs(
     rows = torch.arange(len(unit), device=unit.device) - before[unit] + start[unit]
     step = auto_rows(2 * head.weight.shape[0], hidden.device) if chunk_rows == "auto" else chunk_rows
     logprobs = over_rows(_TokenLogprob(tokens[rows]), hidden, head, rows, step=step, dtype=dtype)
-    return _SumByUnit.apply(logprobs, unit, len(units))
+    return SumByUnit.apply(logprobs, unit, len(units))
 
 
-class _SumByUnit(torch.autograd.Function):
-    """The sums of consecutive stretches, always added in the same order."""
+class SumByUnit(torch.autograd.Function):
+    """The sum of each unit's values, always added in the same order."""
 
     @staticmethod
     def forward(ctx, values, unit, count):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .inputs import AlignedUnits, LMHead, SharedVocabulary
 from .options import LossOptions, is_positive_int
+from .prefix_tables import PrefixTables
 
 
 def check_units(units: AlignedUnits, shared: SharedVocabulary, options: LossOptions) -> None:
@@ -51,6 +52,21 @@ def check_tokens(name: str, head: LMHead, side: str, units: AlignedUnits) -> Non
     vocabulary, largest = head.weight.shape[0], getattr(units, f"max_{side}_token")
     if largest >= vocabulary:
         raise ValueError(f"units.{side}_tokens holds id {largest}, outside the {vocabulary} ids of {name}")
+
+
+def check_tables(tables: PrefixTables, student_head: LMHead, teacher_head: LMHead, units: AlignedUnits) -> None:
+    """Refuses tables of other vocabularies than the heads'."""
+    if not isinstance(tables, PrefixTables):
+        raise ValueError(f"tables must be PrefixTables, got {type(tables).__name__}: see PrefixTables.build")
+    if tables.home.device != units.student_start.device:
+        raise ValueError(f"tables is on {tables.home.device}, but units are on {units.student_start.device}")
+    for side, head in (("student", student_head), ("teacher", teacher_head)):
+        size, rows = getattr(tables, f"{side}_size"), head.weight.shape[0]
+        if size != rows:
+            raise ValueError(
+                f"tables was built of {size} {side} tokens, but {side}_head.weight has {rows} rows: "
+                f"expected {side}_bytes with one entry a row, None where no token stands"
+            )
 
 
 def check_left_out(units: AlignedUnits, shared: SharedVocabulary, options: LossOptions) -> None:

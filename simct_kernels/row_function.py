@@ -7,6 +7,7 @@ neither pass holds more than a chunk of [rows, V].
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -27,28 +28,31 @@ def over_rows(
     function: RowFunction,
     hidden: Tensor,  # [N, H]
     head: LMHead,
-    rows: Tensor,  # int64 [R], without repeats
+    rows: Tensor,  # int64 [R], without repeats in a section
     *,
     step: int,
     dtype: torch.dtype,
+    sections: Sequence[int] | None = None,
 ) -> Tensor:
     """[R] in `dtype`: the function of each of `rows`, with gradients to hidden and to the head's weight and bias.
 
-    A row whose upstream gradient is 0 is not computed again: a caller may drop a non-finite value and train on.
+    A row whose upstream gradient is 0 is not computed again: a caller may drop a non-finite value and train on. `sections`: the
+    lengths of stretches of rows that the function treats differently; no chunk holds rows of two.
     """
-    return _OverRows.apply(function, rows, step, dtype, head, hidden, head.weight, head.bias)
+    chunks = list(parts(len(rows), step) if sections is None else _section_parts(sections, step))
+    return _OverRows.apply(function, rows, chunks, dtype, head, hidden, head.weight, head.bias)
 
 
 class _OverRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, rows, step, dtype, head, hidden, weight, bias):
-        ctx.function, ctx.step, ctx.dtype = function, step, dtype
+    def forward(ctx, function, rows, chunks, dtype, head, hidden, weight, bias):
+        ctx.function, ctx.chunks, ctx.dtype = function, chunks, dtype
         ctx.head = dataclasses.replace(head, weight=weight.detach(), bias=None if bias is None else bias.detach())
         ctx.save_for_backward(rows, hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
             source = _source(ctx.head, hidden, dtype)
             values = torch.empty(len(rows), dtype=dtype, device=hidden.device)
-            for part in parts(len(rows), step):
+            for part in chunks:
                 values[part] = function.value(source.whole(rows[part]), part)
         return values
 
@@ -60,7 +64,7 @@ class _OverRows(torch.autograd.Function):
         needed = ctx.needs_input_grad[-3:]
         with torch.autocast(hidden.device.type, enabled=False):
             source = _source(ctx.head, hidden, ctx.dtype, (needed[0], needed[1], bias is not None and needed[2]))
-            for part in parts(len(rows), ctx.step):
+            for part in ctx.chunks:
                 # A zero times a NaN would be a NaN in every row of the weight's gradient.
                 asked = upstream[part] != 0
                 logits = source.whole(rows[part])
@@ -72,9 +76,17 @@ class _OverRows(torch.autograd.Function):
         return None, None, None, None, None, *(None if g is None else g.to(like.dtype) for g, like in made)
 
 
-def parts(count: int, step: int):
-    """The slices of `count` rows in chunks of `step`."""
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+def parts(count: int, step: int, first: int = 0) -> Iterator[slice]:
+    """The slices of `count` rows from row `first` on, in chunks of `step`."""
+    stop = first + count
+    return (slice(start, min(start + step, stop)) for start in range(first, stop, step))
+
+
+def _section_parts(sections: Sequence[int], step: int) -> Iterator[slice]:
+    first = 0
+    for count in sections:
+        yield from parts(count, step, first)
+        first += count
 
 
 def _source(head: LMHead, hidden: Tensor, dtype: torch.dtype, needs_grad=(False, False, False)) -> LinearRows:

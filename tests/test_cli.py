@@ -153,7 +153,8 @@ def test_train_on_a_stream(simct, tmp_path, data):
 
 
 @pytest.mark.parametrize(
-    "objective", [["--objective", "uld"], ["--objective", "alm"], ["--units", "merged"], ["--mask_longer", 1]]
+    "objective",
+    [*(["--objective", name] for name in ("bpm", "escd", "uld", "alm")), ["--units", "merged"], ["--mask_longer", 1]],
 )
 def test_baselines_and_ablations_train(simct, tmp_path, data, objective):
     options = ["--student", STUDENT, "--teacher", TEACHER, "--data", data, "--output_dir", "run", *objective]

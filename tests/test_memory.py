@@ -191,6 +191,18 @@ def test_options_move_the_parts_that_they_should(meta_pair):
     assert estimate(*meta_pair, **NUMBERS, chunk_rows=1).loss < plain.loss
 
 
+def test_the_loss_of_each_objective(meta_pair):
+    """At one chunk of all rows, what is held grows with the chunk by the matrices that were counted."""
+    ours, theirs = (model.get_output_embeddings().weight for model in meta_pair)
+    columns = max(len(ours), len(theirs))
+    for objective, matrices in ("uld", 11), ("alm", 3), ("bpm", 7), ("escd", 7):
+        one, nine = (estimate(*meta_pair, **NUMBERS, objective=objective, chunk_rows=n).loss for n in (1, 9))
+        assert nine - one == 4 * matrices * 8 * columns
+        assert one > 4 * ours.numel()  # the head's gradient in float32
+    tables = [estimate(*meta_pair, **NUMBERS, objective=name, chunk_rows=1).loss for name in ("bpm", "alm")]
+    assert tables[0] - tables[1] - 4 * 4 * columns == 50 * len(ours) + 160 * len(theirs)
+
+
 def test_fits_and_its_table(meta_pair):
     memory = estimate(*meta_pair, **NUMBERS)
     assert fits(memory, "cpu") and device_memory("cpu") > 10**8
