@@ -19,6 +19,7 @@ from simct.draws import UniformDraws, uniform_numbers
 
 try:
     from transformers import ContinuousBatchingConfig
+    from transformers.generation.continuous_batching import ContinuousBatchingManager
 except ImportError:  # early 5.x: its continuous batching has another interface, static batches serve
     ContinuousBatchingConfig = None
 
@@ -166,7 +167,7 @@ class ContinuousBatching:
     def generate(self, prompts: list[list[int]], sampling: Sampling, *, seed: int) -> list[Response]:
         if not prompts:
             return []
-        keep = self.kv_cache_gb is not None
+        keep = self.kv_cache_gb is not None and hasattr(ContinuousBatchingManager, "pause")
         if self._kept_for not in (None, sampling):  # a kept manager samples as it was made
             self.model.destroy_cached_continuous_batching_manager()
             self._kept_for = None
@@ -176,9 +177,7 @@ class ContinuousBatching:
                 continuous_batching_config=self._cache_config(prompts, sampling, seed),
             )
             try:
-                # Queued before the thread starts: the scheduler then sees the same queue, and samples the same tokens, every time.
-                request_ids = manager.add_requests(prompts)
-                manager.start()
+                request_ids = self._queue(manager, prompts)
                 results = {}
                 while len(results) < len(prompts):
                     result = manager.get_result(timeout=1)
@@ -207,6 +206,18 @@ class ContinuousBatching:
                 response = replace(response, logprobs=logprobs)
             responses.append(response)
         return responses
+
+    @staticmethod
+    def _queue(manager, prompts: list[list[int]]) -> list[str]:
+        """Starts the manager with all prompts in its queue: its scheduler then sees the same queue, and samples the same tokens,
+        every time."""
+        if not hasattr(manager, "pause"):  # early 5.x
+            request_ids = manager.add_requests(prompts)
+            manager.start()
+            return request_ids
+        manager.start()  # first: one that was stopped takes no prompts
+        with manager.pause():
+            return manager.add_requests(prompts)
 
     def _cache_config(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> ContinuousBatchingConfig:
         options = {}

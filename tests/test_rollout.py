@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -95,12 +96,13 @@ def test_a_model_that_continuous_batching_cannot_serve_is_refused():
 @needs_continuous
 def test_a_kept_cache_changes_no_sample(demo_student, demo_tokenizers, prompts):
     """The manager stays from call to call, whatever the seed, the settings and the weights of the next one."""
+    fresh = copy.deepcopy(demo_student)  # a kept manager hangs on its model
     kept = ContinuousBatching(demo_student, kv_cache_gb=0.01)
 
     def check(seed, **options):
         settings = sampling(demo_tokenizers[0], **options)
         responses = kept.generate(prompts, settings, seed=seed)
-        assert responses == ContinuousBatching(demo_student).generate(prompts, settings, seed=seed)
+        assert responses == ContinuousBatching(fresh).generate(prompts, settings, seed=seed)
         return responses
 
     try:
@@ -108,7 +110,7 @@ def test_a_kept_cache_changes_no_sample(demo_student, demo_tokenizers, prompts):
         assert check(7) == first and check(8) != first
         check(7, temperature=0.5)
         with torch.no_grad():
-            for parameter in demo_student.parameters():
+            for parameter in (*demo_student.parameters(), *fresh.parameters()):
                 parameter.mul_(1.05)
         assert check(7) != first
     finally:

@@ -29,6 +29,8 @@ ARMS = {
     "forward-kl": Arm("SimCT, forward KL", {"beta": 0.0}),
     "jsd": Arm("SimCT, JSD", {"beta": 0.5}),
     "merged": Arm("SimCT, units merged at random", {"units": "merged"}),
+    "bpm": Arm("BPM", {"objective": "bpm"}),
+    "escd": Arm("ESCD", {"objective": "escd"}),
     "uld": Arm("ULD", {"objective": "uld"}),
     "alm": Arm("ALM", {"objective": "alm"}),
     "sft": Arm("SFT on teacher samples", kind="sft"),
