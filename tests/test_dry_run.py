@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bench import texts
 from simct import SimCTConfig
-from simct.cli import RunArguments
+from simct.cli import RunArguments, main
 from simct.demo import ASSETS
 from simct.dry_run import changes_that_fit, describe, meta_model, numbers_of
 from simct.memory import RESERVE, estimate, fits
@@ -82,6 +82,19 @@ def test_the_papers_pairs_fit_a_card_of_80_gb(pair, models, data, tmp_path):
     ):
         assert shown in text, shown
     assert memory.peak > 50e9  # 16 bytes a weight of the student and 2 of the teacher: no small thing
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("step", ["distil", "distil-public"])
+def test_from_the_command_line(pair, step, models, data, tmp_path, capsys):
+    teacher, student = pair.split("_")
+    command = ["train", "--recipe", f"{pair}/{step}", "--dry-run", "--assume_memory_gb", "80", "--use_cpu"]
+    command += ["--student", models / student, "--teacher", models / teacher, "--data", data, "--output_dir", tmp_path]
+    with pytest.raises(SystemExit) as end:
+        main(list(map(str, command)))
+    output = capsys.readouterr().out
+    assert end.value.code == 0, output
+    assert "It fits:" in " ".join(output.split())
 
 
 def test_a_real_tokenizer(models, data, tmp_path):

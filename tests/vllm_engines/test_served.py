@@ -2,7 +2,6 @@ import threading
 from contextlib import suppress
 
 import pytest
-import torch
 
 from simct.vllm_server import ServedVLLM
 
@@ -71,7 +70,6 @@ def test_files_of_weights_are_read_from_the_given_folder_and_removed(
 
 
 def test_greedy_training_runs_agree(tmp_path, student_folder, server_url):
-    torch.set_num_threads(1)
     served = trained(
         tmp_path, student_folder, "vllm-server", vllm_server_url=server_url, vllm_sync_dir=str(tmp_path / "sync")
     )

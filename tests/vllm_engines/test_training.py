@@ -1,33 +1,40 @@
 """Training with responses from a vLLM in this process (`test_served` has the other): the losses of transformers' `generate`."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 pytest.importorskip("vllm")
 
-import torch
-from transformers import AutoTokenizer
-
-from simct import SimCTConfig, SimCTTrainer
 from simct.demo import ASSETS
-from simct.prompts import read_prompts
 
 pytestmark = pytest.mark.vllm
 
 
 def trained(folder, student_folder, engine, **options):
-    config = SimCTConfig(
-        output_dir=str(folder / engine), max_steps=3, per_device_train_batch_size=8, learning_rate=1e-3, max_new_tokens=16,
-        temperature=0.0,  # greedy: the engines draw from random streams of their own
-        lr_scheduler_type="constant", warmup_steps=0, logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True,
-        rollout_engine=engine, **options,
-    )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "student")
-    prompts = read_prompts(ASSETS / "train.jsonl")[:24]
-    trainer = SimCTTrainer(str(student_folder), str(ASSETS / "teacher"), config, prompts, processing_class=tokenizer)
-    trainer.train()
-    if engine == "vllm":
-        trainer.engine.close()
-    return [row for row in trainer.state.log_history if "loss" in row]
+    """The log of a run of `simct train`, in a process of its own: vLLM stays in one to its end."""
+    given = {
+        "student": student_folder, "teacher": ASSETS / "teacher", "data": ASSETS / "train.jsonl", "output_dir": folder / engine,
+        "max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "max_new_tokens": 16,
+        "temperature": 0.0,  # greedy: the engines draw from random streams of their own
+        "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1, "save_strategy": "no", "use_cpu": True,
+        "disable_tqdm": True, "rollout_engine": engine, **options,
+    }  # fmt: skip
+    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "simct.cli", "train", *words]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    history = json.loads((folder / engine / "trainer_state.json").read_text())["log_history"]
+    return [row for row in history if "loss" in row]
 
 
 def check_equal(ours, theirs):
@@ -38,5 +45,4 @@ def check_equal(ours, theirs):
 
 
 def test_greedy_training_runs_agree(tmp_path, student_folder):
-    torch.set_num_threads(1)
     check_equal(*(trained(tmp_path, student_folder, engine) for engine in ("vllm", "static")))
