@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from simct.draws import UniformDraws, uniform_numbers
 
@@ -359,6 +360,7 @@ def make_engine(
     if ContinuousBatchingConfig is not None:
         try:
             ContinuousBatching(model).generate([[0, 1]], Sampling(end_ids=(0,), pad_id=0, max_new_tokens=2), seed=0)
+            warn_of_lost_softcap(model)
             return ContinuousBatching(model, kv_cache_gb=kv_cache_gb)
         except Exception as error:  # each architecture fails in its own way
             problem = str(error)
@@ -367,3 +369,15 @@ def make_engine(
         raise ValueError(f"rollout_engine is 'continuous', but {message}: expected 'static'")
     warnings.warn(f"{message}; using static batches", stacklevel=2)
     return StaticBatching(model, tokenizer=tokenizer)
+
+
+def warn_of_lost_softcap(model: PreTrainedModel) -> None:
+    """transformers' paged attention leaves Gemma-2's soft cap on attention scores out, unless flash attention computes it."""
+    cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    flash = model.device.type != "cpu" and model.dtype != torch.float32 and is_flash_attn_2_available()
+    if cap is not None and not flash:
+        warnings.warn(
+            f"continuous batching samples {type(model).__name__} without its attention soft cap ({cap:g}), a little off its own "
+            "distribution (rollout/logprob_gap says how far): rollout_engine='static', or flash-attn and 16-bit rollouts, keep it",
+            stacklevel=3,
+        )

@@ -83,6 +83,12 @@ def test_the_models_own_sampling_defaults_are_not_used(engine, demo_student, dem
     assert demo_student.generation_config is own
 
 
+@needs_continuous
+def test_a_soft_cap_that_is_left_out_is_said(demo_student):
+    with pytest.warns(UserWarning, match=r"without its attention soft cap \(50\)"):
+        make_engine(demo_student, "continuous")
+
+
 def test_a_model_that_continuous_batching_cannot_serve_is_refused():
     config = GPTNeoXConfig(
         vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
