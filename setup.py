@@ -43,6 +43,7 @@ setup(
             "math-verify[antlr4_11_0]>=0.8",
             "requests>=2.31",  # the client of a vLLM server, against servers of the tests' own
             "gguf>=0.10",  # a quantised teacher's file
+            'bitsandbytes>=0.49; platform_system == "Linux"',  # QLoRA; its 4 bits run on a CPU, too
             "lm-eval[hf]>=0.4.13",  # simct eval
         ],
         "math": ["math-verify[antlr4_11_0]>=0.8"],  # grades answers: boxed, LaTeX, numbers
@@ -60,6 +61,7 @@ setup(
         "flash": ["flash-attn>=2.7"],
         "triton": ["triton>=3.4"],  # torch's CUDA and ROCm builds bring it
         "peft": ["peft>=0.17"],
+        "qlora": ["peft>=0.17", "bitsandbytes>=0.46"],
         "vllm": ["vllm>=0.32", "requests>=2.31"],
     },
     entry_points={"console_scripts": ["simct = simct.cli:main"]},

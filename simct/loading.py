@@ -79,4 +79,8 @@ def with_adapter(model: PreTrainedModel, peft_config):
         )
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # bitsandbytes packs weights on a CPU when something is sampled, and no gradient passes what it packed.
+                module.support_avx512bf16_for_cpu = False
     return get_peft_model(model, peft_config)

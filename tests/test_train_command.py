@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simct.cli import main
 from simct.demo import ASSETS
@@ -84,6 +84,31 @@ def test_a_kept_cache_serves_every_step(tmp_path):
         for engine, options in (("static", {}), ("continuous", {"kv_cache_gb": 0.01}))
     )
     assert_equal(continuous, static)
+
+
+def test_an_adapter_on_a_quantised_student(tmp_path):
+    """QLoRA trains as LoRA on the weights that the 4 bits stand for, over steps that sample in between."""
+    pytest.importorskip("bitsandbytes")
+    quantised = {"load_in_4bit": True, "quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
+    model = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32, quantization_config=dict(quantised))
+    model.dequantize().save_pretrained(tmp_path / "student")
+    AutoTokenizer.from_pretrained(STUDENT).save_pretrained(tmp_path / "student")
+    adapter = json.dumps({"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]})
+    options = dict(peft_config=adapter, temperature=0.0, max_steps=3, learning_rate=1.0)
+    main(words(tmp_path / "lora", student=tmp_path / "student", **options))
+    main(words(tmp_path / "qlora", model_init_kwargs=json.dumps({"quantization_config": quantised}), **options))
+    lora, qlora = (
+        [
+            row
+            for row in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+            if "loss" in row
+        ]
+        for name in ("lora", "qlora")
+    )
+    assert lora[0]["loss"] > 1.01 * lora[2]["loss"], "the steps are too small to compare gradients by"
+    for a, b in zip(lora, qlora, strict=True):
+        for name in "loss", "grad_norm", "response/length", "teacher_mass":
+            assert a[name] == pytest.approx(b[name], rel=1e-3), name
 
 
 def test_two_processes_equal_one(tmp_path):
