@@ -32,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from simct import SimCTConfig, SimCTTrainer, TokenizerPair
+from simct import SimCTConfig, SimCTTrainer
 from simct.data import load_records
 from simct.files import replaced
 from simct.hidden import response_hidden_states
@@ -64,7 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
     with replaced(options.output, newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept + rows)
+        writer.writerows(
+            kept + [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+        )
     table = Table(title=name)
     for column in rows[0]:
         if not column.endswith("_stderr"):
@@ -89,30 +91,27 @@ def measure(options: argparse.Namespace, console: Console) -> list[dict[str, Any
         )  # fmt: skip
         trainer = SimCTTrainer(options.student, options.teacher, config, records)
     student = trainer.accelerator.unwrap_model(trainer.model).eval()
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    sums = {option: Gradients(parameters) for option in OPTIONS}
-    extending: list[float] = []
-    extensions = Extensions(token_bytes(trainer.teacher.tokenizer))
     batches = [records[i : i + 8] for i in range(0, len(records), 8)]
-    for batch in track(batches, "responses", console=console):
-        (part,) = rolled_out(trainer, batch)
-        head = LMHead.from_model(student)
-        hidden = response_hidden_states(student, part.packed)
-        logits = head.logits(hidden)
-        scorer = trainer.scorers[part.teacher]
-        teacher_logits = scorer.teacher.head.logits(part.teacher_hidden)
-        for (score, candidates), gradients in sums.items():
-            leaf = logits.detach().requires_grad_()
-            arguments = (leaf, teacher_logits, part.alignment, scorer.shared)
-            losses = simct_loss(*arguments, score=score, candidates=candidates, reduction="none")
-            gradients.add(losses, leaf, logits, part, scorer.shared)
-        extending += extending_mass(part, scorer.pair, extensions, teacher_logits)
-    mass, error = _mean(extending)
+    parts = [part for batch in track(batches, "responses", console=console) for part in rolled_out(trainer, batch)]
+    extensions = Extensions(token_bytes(trainer.teacher.tokenizer))
+    mass, error = _mean([value for part in parts for value in extending_mass(part, trainer, extensions)])
     common = {"extending_mass": mass, "extending_mass_stderr": error}
-    return [
-        {"score": score, "candidates": candidates, **gradients.summary(), **common}
-        for (score, candidates), gradients in sums.items()
-    ]
+    rows = []
+    # One option at a time: each holds two gradients of the student's size.
+    for score, candidates in track(OPTIONS, "gradients", console=console):
+        gradients = Gradients([p for p in student.parameters() if p.requires_grad])
+        for part in parts:
+            logits = LMHead.from_model(student).logits(response_hidden_states(student, part.packed))
+            leaf = logits.detach().requires_grad_()
+            arguments = (leaf, teacher_logits(part, trainer), part.alignment, trainer.shared)
+            losses = simct_loss(*arguments, score=score, candidates=candidates, reduction="none")
+            gradients.add(losses, leaf, logits, part, trainer.shared)
+        rows.append({"score": score, "candidates": candidates, **gradients.summary(), **common})
+    return rows
+
+
+def teacher_logits(part: MicroBatch, trainer: SimCTTrainer) -> Tensor:
+    return trainer.teacher.head.logits(part.teacher_hidden)
 
 
 def rolled_out(trainer: SimCTTrainer, records: list[dict]) -> list[MicroBatch]:
@@ -138,7 +137,9 @@ class Gradients:
         for kind, chosen in (("single", ~longer), ("longer", longer)):
             self.losses[kind] += losses.detach()[chosen].tolist()
             (by_logits,) = torch.autograd.grad(losses[chosen].sum(), leaf, retain_graph=True)
-            found = torch.autograd.grad(logits, self.parameters, by_logits, retain_graph=True, allow_unused=True)
+            found = torch.autograd.grad(
+                logits, self.parameters, by_logits, retain_graph=kind == "single", allow_unused=True
+            )
             for total, gradient in zip(self.of[kind], found, strict=True):
                 if gradient is not None:
                     total += gradient
@@ -150,7 +151,7 @@ class Gradients:
 
     def summary(self) -> dict[str, float]:
         dot, single, longer = (
-            sum(float((a.double() * b.double()).sum()) for a, b in zip(self.of[x], self.of[y], strict=True))
+            sum(float((a * b).sum(dtype=torch.float64)) for a, b in zip(self.of[x], self.of[y], strict=True))
             for x, y in (("single", "longer"), ("single", "single"), ("longer", "longer"))
         )
         found: dict[str, float] = {}
@@ -179,14 +180,13 @@ class Extensions:
         return self.ids[bisect_right(self.texts, piece) : bisect_left(self.texts, piece + b"\xff" * 256)]
 
 
-def extending_mass(
-    part: MicroBatch, pair: TokenizerPair, extensions: Extensions, teacher_logits: Tensor
-) -> list[float]:
+def extending_mass(part: MicroBatch, trainer: SimCTTrainer, extensions: Extensions) -> list[float]:
     """Of each single unit: the teacher's probability of the tokens that begin with the student's token and are longer."""
     units = part.alignment.single()
-    pieces = pair.student_pieces(units.student_tokens[units.student_start].tolist())
+    pieces = trainer.pair.student_pieces(units.student_tokens[units.student_start].tolist())
+    logits = teacher_logits(part, trainer)
     return [
-        float(teacher_logits[row].softmax(0)[extensions.of(piece)].sum())
+        float(logits[row].softmax(0)[extensions.of(piece)].sum())
         for piece, row in zip(pieces, units.teacher_start.tolist(), strict=True)
         if piece
     ]
