@@ -100,8 +100,8 @@ def write_answers(arguments: AnswerArguments, *, grade: Grade | None = None, pro
         grade = is_correct
     output = Path(arguments.output)
     check_file(output)
-    sample = sampler(arguments)
     prompts = [prompt_of(record) for record in records]
+    sample = sampler(arguments, prompts)
     answers = [str(r["answer"]) if checked and r.get("answer") is not None else None for r in records]
     data = hashlib.sha256(json.dumps([prompts, answers]).encode()).hexdigest()
     work = {**asdict(arguments), "output": output.name, "data": f"{len(records)} prompts, sha256 {data}"}
@@ -109,7 +109,7 @@ def write_answers(arguments: AnswerArguments, *, grade: Grade | None = None, pro
     try:
         for start in range(len(journal.parts) * BATCH, len(records), BATCH):
             batch = range(start, min(start + BATCH, len(records)))
-            texts = sample([prompts[i] for i in batch], seed=arguments.seed * 1_000_003 + start)
+            texts = sample(batch, seed=arguments.seed * 1_000_003 + start)
             fates = [fate(own, answers[i], arguments.keep, grade) for own, i in zip(texts, batch, strict=True)]
             lines = [
                 None if chosen is None else as_columns(prompts[i], own[chosen], arguments.columns)
@@ -128,8 +128,10 @@ def write_answers(arguments: AnswerArguments, *, grade: Grade | None = None, pro
     return Counter(name for name, _ in itertools.chain.from_iterable(journal.parts))
 
 
-def sampler(arguments: AnswerArguments) -> Callable[..., list[list[str | None]]]:
-    """A function of prompts and a seed: to each prompt so many texts, None for one that did not come to its end."""
+def sampler(arguments: AnswerArguments, prompts: Sequence[Prompt]) -> Callable[..., list[list[str | None]]]:
+    """A function of some prompts' numbers and a seed: to each prompt so many texts, None for one that did not come to its end.
+
+    Every prompt is rendered here, so that one that cannot be is an error before any sampling."""
     model = load_model(arguments.model, "model", dtype=getattr(torch, arguments.dtype)).eval()
     tokenizer = load_tokenizer(None, model, "model")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,11 +140,11 @@ def sampler(arguments: AnswerArguments) -> Callable[..., list[list[str | None]]]
         ends, tokenizer.pad_token_id or 0, arguments.max_new_tokens, arguments.temperature, arguments.top_p
     )
     engine = make_engine(model, arguments.rollout_engine)
+    rendered = [render_prompt(prompt, tokenizer, arguments.prompt_format) for prompt in prompts]
     times = arguments.samples
 
-    def sample(prompts: list[Prompt], seed: int) -> list[list[str | None]]:
-        rendered = [render_prompt(prompt, tokenizer, arguments.prompt_format) for prompt in prompts]
-        asked = [ids for ids in rendered for _ in range(times)]
+    def sample(batch: Sequence[int], seed: int) -> list[list[str | None]]:
+        asked = [rendered[i] for i in batch for _ in range(times)]
         texts = [
             tokenizer.decode(response.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             if response.finish_reason == "stop"

@@ -10,9 +10,9 @@ import pytest
 from bench.quality import gradients
 from bench.quality.__main__ import Results, best_rate
 from bench.quality.arms import ARMS
+from bench.quality.means import mean_with_error
 from bench.quality.runs import Plan, run
 from bench.quality.settings import QUICK_SIZES, STUDENTS, TEACHER, prepare
-from bench.quality.show import mean_with_error
 from bench.quality.texts import answer, make_sum, make_texts
 from bench.record import REPOSITORY
 from simct import SimCTConfig, TokenizerPair

@@ -40,6 +40,8 @@ from simct.micro_batches import MicroBatch
 from simct.tokens import token_bytes
 from simct_kernels import LMHead, simct_loss
 
+from .means import mean_with_error
+
 OPTIONS = list(itertools.product(("mean_logprob", "sum_logprob", "mean_logit"), ("paper", "disjoint")))
 
 
@@ -94,7 +96,7 @@ def measure(options: argparse.Namespace, console: Console) -> list[dict[str, Any
     batches = [records[i : i + 8] for i in range(0, len(records), 8)]
     parts = [part for batch in track(batches, "responses", console=console) for part in rolled_out(trainer, batch)]
     extensions = Extensions(token_bytes(trainer.teacher.tokenizer))
-    mass, error = _mean([value for part in parts for value in extending_mass(part, trainer, extensions)])
+    mass, error = mean_with_error([value for part in parts for value in extending_mass(part, trainer, extensions)])
     common = {"extending_mass": mass, "extending_mass_stderr": error}
     rows = []
     # One option at a time: each holds two gradients of the student's size.
@@ -162,7 +164,7 @@ class Gradients:
             "longer_loss": self.losses["longer"],
         }
         for name, values in measured.items():
-            found[name], found[f"{name}_stderr"] = _mean(values)
+            found[name], found[f"{name}_stderr"] = mean_with_error(values)
         found["cosine"] = dot / math.sqrt(single * longer) if single and longer else math.nan
         found["norm_ratio"] = math.sqrt(longer / single) if single else math.nan
         return {"single_units": len(self.losses["single"]), "longer_units": len(self.losses["longer"]), **found}
@@ -190,13 +192,6 @@ def extending_mass(part: MicroBatch, trainer: SimCTTrainer, extensions: Extensio
         for piece, row in zip(pieces, units.teacher_start.tolist(), strict=True)
         if piece
     ]
-
-
-def _mean(values: list) -> tuple[float, float]:
-    found = torch.tensor(values, dtype=torch.float64)
-    if len(found) < 2:
-        return (float(found.mean()) if len(found) else math.nan), math.nan
-    return float(found.mean()), float(found.std() / math.sqrt(len(found)))
 
 
 if __name__ == "__main__":

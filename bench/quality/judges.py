@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from simct import TokenizerPair
 from simct.evaluation import score
 from simct.metrics import ratio_with_standard_error
+from simct.micro_batches import split
 from simct.rollout import Response, StaticBatching
 from simct.samples import Sample, Samples
 from simct_kernels import token_statistics
 
+from .means import mean_with_error
 from .texts import answer
 
 
@@ -82,19 +83,17 @@ def judge(trainer, records: list[dict], teacher_samples: TeacherSamples) -> dict
         found[name], found[f"{name}_stderr"] = ratio_with_standard_error(
             [sign * row.ratio for row in rows], [row.bytes for row in rows]
         )
-    found["accuracy"], found["accuracy_stderr"] = _mean(right)
-    found["entropy"], found["entropy_stderr"] = _mean(entropy)
-    found["response_bytes"], found["response_bytes_stderr"] = _mean([len(text) for text in texts])
-    found["ended"], found["ended_stderr"] = _mean([r.finish_reason != "length" for r in drawn.responses])
+    found["accuracy"], found["accuracy_stderr"] = mean_with_error(right)
+    found["entropy"], found["entropy_stderr"] = mean_with_error(entropy)
+    found["response_bytes"], found["response_bytes_stderr"] = mean_with_error([len(text) for text in texts])
+    found["ended"], found["ended_stderr"] = mean_with_error([r.finish_reason != "length" for r in drawn.responses])
     blank = [(len(text) - len(b"".join(text.split()))) / max(1, len(text)) for text in texts]
-    found["whitespace"], found["whitespace_stderr"] = _mean(blank)
+    found["whitespace"], found["whitespace_stderr"] = mean_with_error(blank)
     return found
 
 
 def _entropy(trainer, samples: Samples) -> list[float]:
     """Nats per byte of each response: the entropies of its rows, added up. Per token they would depend on the tokenizer."""
-    from simct.micro_batches import split
-
     values = []
     for batch in split(samples, trainer.layout, None, trainer.default_teacher):
         ids = torch.tensor([i for ids in batch.samples.student_responses for i in ids])
@@ -109,8 +108,3 @@ def _entropy(trainer, samples: Samples) -> list[float]:
 
 def _text(pair, response: Response) -> str:
     return b"".join(p or b"" for p in pair.student_pieces(response.token_ids)).decode("utf-8", "replace")
-
-
-def _mean(values) -> tuple[float, float]:
-    values = np.asarray(values, dtype=float)
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))

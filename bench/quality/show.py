@@ -14,6 +14,7 @@ from matplotlib import pyplot
 from rich.table import Table
 
 from .arms import ARMS
+from .means import mean_with_error
 
 JUDGES = {  # name: title, format, whether more is better (None: neither)
     "reverse_kl_per_byte": ("reverse KL, nats/byte", ".3f", False),
@@ -48,13 +49,6 @@ def summarize(rows: list[dict[str, Any]], settings: list[str], arms: list[str]) 
                 means[name] = sum(values) / len(values) if values else math.nan
             found[setting, arm] = means
     return found
-
-
-def mean_with_error(values: list[float]) -> tuple[float, float]:
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
 def title(arm: str) -> str:
