@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = options.settings[-1:] if options.quick else options.settings
     texts = make_texts(prompts=64, held_out=16) if options.quick else make_texts()
     models = folder / "models"
-    prepare(models, settings, texts, QUICK_SIZES if options.quick else SIZES, console.print)
+    prepare(models, settings, texts, QUICK_SIZES if options.quick else SIZES, options.workers, console.print)
 
     results = Results(folder)
     common = (models, texts, plan)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -66,27 +69,38 @@ STUDENTS = {
     "digits": Spelling(1536, digits=1),
     "trailing": Spelling(1536, space="after"),
 }
-SIZES = {"teacher": Size(160, 4, 1500), "student": Size(96, 2, 500)}
+SIZES = {"teacher": Size(160, 4, 3000), "student": Size(96, 2, 1000)}
 QUICK_SIZES = {"teacher": Size(48, 1, 40), "student": Size(32, 1, 20)}
 
 
-def prepare(folder: Path, names: list[str], texts: Texts, sizes: dict[str, Size], progress=print) -> None:
+def prepare(
+    folder: Path, names: list[str], texts: Texts, sizes: dict[str, Size], workers: int = 1, progress=print
+) -> None:
     """Makes `folder/teacher` and a `folder/NAME` for each setting; what is there already, made in the same way, stays."""
     wanted = {"teacher": (TEACHER, sizes["teacher"])} | {name: (STUDENTS[name], sizes["student"]) for name in names}
-    for number, (name, (spelling, size)) in enumerate(wanted.items()):
-        made_by = {**asdict(spelling), **asdict(size), "documents": len(texts.documents)}
-        stamp = folder / name / "made_by.json"
-        if stamp.is_file() and json.loads(stamp.read_text()) == made_by:
-            continue
-        progress(f"training {name}: {size.steps} steps")
-        shutil.rmtree(folder / name, ignore_errors=True)
-        tokenizer = spelling.make(texts.documents)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=size.width, intermediate_size=3 * size.width, num_hidden_layers=size.layers,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        model = train(config, tokenizer, texts.documents, steps=size.steps, seed=number)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-        write_json(stamp, made_by)
+    context = multiprocessing.get_context("spawn")  # forked threads of torch would wait for ever
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        left = {}
+        for number, (name, (spelling, size)) in enumerate(wanted.items()):
+            made_by = {**asdict(spelling), **asdict(size), "documents": len(texts.documents)}
+            stamp = folder / name / "made_by.json"
+            if not (stamp.is_file() and json.loads(stamp.read_text()) == made_by):
+                progress(f"training {name}: {size.steps} steps")
+                left[pool.submit(make_model, folder / name, spelling, size, texts.documents, number)] = stamp, made_by
+        for done in as_completed(left):
+            done.result()
+            write_json(*left[done])
+
+
+def make_model(folder: Path, spelling: Spelling, size: Size, documents: list[str], seed: int) -> None:
+    """A tokenizer and a model for it, in `folder`. On one thread, so that the number of processors changes nothing."""
+    torch.set_num_threads(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    tokenizer = spelling.make(documents)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=size.width, intermediate_size=3 * size.width, num_hidden_layers=size.layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    train(config, tokenizer, documents, steps=size.steps, seed=seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
