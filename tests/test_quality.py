@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bench.quality import gradients
+from bench.quality import gradients, show
 from bench.quality.__main__ import Results, best_rate
 from bench.quality.arms import ARMS
 from bench.quality.means import mean_with_error
@@ -64,6 +64,21 @@ def test_the_learning_rate_is_chosen_on_the_validation_prompts():
     assert best_rate(rows, "fine", "simct") == 0.2
 
 
+def test_differences_are_by_seed():
+    def row(arm, seed, value):
+        judged = dict.fromkeys(show.COMPARED, str(value))
+        return {"setting": "fine", "arm": arm, "seed": seed, "split": "test", **judged}
+
+    rows = [
+        row("strict", "1", 1.0),
+        row("strict", "2", 5.0),
+        row("simct", "2", 4.5),
+        row("simct", "1", 0.7),
+        row("simct", "3", 9),
+    ]
+    assert show.differences(rows, "fine", "simct", "strict")[0] == "-0.400 ± 0.100"
+
+
 def test_mean_with_error():
     mean, error = mean_with_error([1.0, 2.0, 6.0])
     assert mean == 3.0 and error == pytest.approx((14 / 2 / 3) ** 0.5)
@@ -118,6 +133,7 @@ def test_quick_study(tmp_path):
     assert {row["arm"] for row in rows} == {"none", "strict", "simct", "sft"}
     assert all(float(row["forward_kl_per_byte"]) > 0 for row in rows)
     tables = (tmp_path / "tables.md").read_text()
-    assert tables.count("±") == 4 * 7 and "SimCT (paper)" in tables
+    assert tables.count("±") == 1 + 4 * 7 + 2 * 3, "the arms' own, and two of them less the first"
+    assert "SimCT (paper)" in tables
     for name in "summary", "curves":
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

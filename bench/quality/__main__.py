@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,7 +25,7 @@ from . import show
 from .arms import ARMS, QUICK_ARMS, RATES
 from .runs import Plan, run
 from .settings import QUICK_SIZES, SIZES, STUDENTS, prepare
-from .texts import make_texts
+from .texts import Texts, make_texts
 
 KEY = ("setting", "arm", "learning_rate", "seed", "split")
 QUICK = Plan(steps=4, prompts=8, tokens=24, log_every=2)
@@ -54,6 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
     models = folder / "models"
     prepare(models, settings, texts, QUICK_SIZES if options.quick else SIZES, options.workers, console.print)
 
+    write_prompts(texts, folder / "prompts.jsonl")  # for `bench.quality.gradients`
+
     results = Results(folder)
     common = (models, texts, plan)
     before = [(setting, "none", 0.0, 0, split) for setting in settings for split in ("validation", "test")]
@@ -69,10 +72,15 @@ def main(arguments: list[str] | None = None) -> None:
     summary = show.summarize(results.rows, settings, arms)
     for setting in settings:
         console.print(show.table(summary, setting))
-    show.write_markdown(summary, settings, folder / "tables.md")
+    show.write_markdown(results.rows, settings, arms, folder / "tables.md")
     show.plot_summary(summary, settings, folder / "summary.png")
     show.plot_curves(results.curves, settings, arms, folder / "curves.png")
     console.print(f"results: {folder}", highlight=False)
+
+
+def write_prompts(texts: Texts, path: Path) -> None:
+    with replaced(path) as file:
+        file.writelines(json.dumps({"prompt": record["prompt"]}) + "\n" for record in texts.test)
 
 
 def best_rate(rows: list[dict[str, Any]], setting: str, arm: str) -> float:

@@ -6,12 +6,13 @@ On responses that the student samples, one row of the CSV for each `score` and `
     first_token_gradient: the loss's derivative by the logit of the student's own first token of a longer unit, averaged over longer
         units. Above 0, the step makes a token less likely that the student chose and that spells the text rightly.
     first_token_shared: the share of longer units whose first student token is itself a candidate.
-    cosine, norm_ratio: of the gradient of all longer units against that of all single units, over the student's parameters.
+    cosine, norm_ratio: of the gradient of all longer units against that of all single units of a batch of --batch responses, over
+        the student's parameters; means over batches.
     longer_loss, single_loss: nats a unit.
 And, the same in every row:
     extending_mass: the probability that the teacher gives, at the first row of a single unit, to tokens that go on where the
         student's token ends: events that the student's token stands for and the teacher's equal one does not.
-Errors (`_stderr`) are over units, as if they were independent.
+Errors (`_stderr`) are over units, as if they were independent, or over batches.
 """
 
 from __future__ import annotations
@@ -52,13 +53,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="CSV file; rows of this pair in it are replaced")
     parser.add_argument("--pair", help="the pair's name in the CSV; default: STUDENT<-TEACHER")
     parser.add_argument("--responses", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16, help="responses that one gradient is of (%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     name = options.pair or f"{Path(options.student).name}<-{Path(options.teacher).name}"
     console = Console(width=None if os.isatty(1) else 160)
-    rows = [{"pair": name, "responses": options.responses, **row} for row in measure(options, console)]
+    rows = [
+        {"pair": name, "responses": options.responses, "batch": options.batch, **row}
+        for row in measure(options, console)
+    ]
     kept = []
     if options.output.is_file():
         with options.output.open(newline="") as file:
@@ -88,26 +93,29 @@ def measure(options: argparse.Namespace, console: Console) -> list[dict[str, Any
     records = list(itertools.islice(itertools.cycle(load_records(options.data)), options.responses))
     with tempfile.TemporaryDirectory() as scratch:
         config = SimCTConfig(
-            output_dir=scratch, per_device_train_batch_size=8, temperature=1.0, top_p=1.0, prompt_format="text",
+            output_dir=scratch, per_device_train_batch_size=options.batch, temperature=1.0, top_p=1.0, prompt_format="text",
             max_new_tokens=options.max_new_tokens, candidates="disjoint", save_strategy="no", use_cpu=True, seed=options.seed,
         )  # fmt: skip
         trainer = SimCTTrainer(options.student, options.teacher, config, records)
     student = trainer.accelerator.unwrap_model(trainer.model).eval()
-    batches = [records[i : i + 8] for i in range(0, len(records), 8)]
-    parts = [part for batch in track(batches, "responses", console=console) for part in rolled_out(trainer, batch)]
+    batches = [records[i : i + options.batch] for i in range(0, len(records), options.batch)]
+    batches = [rolled_out(trainer, batch) for batch in track(batches, "responses", console=console)]
+    parts = [part for batch in batches for part in batch]
     extensions = Extensions(token_bytes(trainer.teacher.tokenizer))
     mass, error = mean_with_error([value for part in parts for value in extending_mass(part, trainer, extensions)])
     common = {"extending_mass": mass, "extending_mass_stderr": error}
     rows = []
-    # One option at a time: each holds two gradients of the student's size.
+    # One option and one batch at a time: each holds two gradients of the student's size.
     for score, candidates in track(OPTIONS, "gradients", console=console):
         gradients = Gradients([p for p in student.parameters() if p.requires_grad])
-        for part in parts:
-            logits = LMHead.from_model(student).logits(response_hidden_states(student, part.packed))
-            leaf = logits.detach().requires_grad_()
-            arguments = (leaf, teacher_logits(part, trainer), part.alignment, trainer.shared)
-            losses = simct_loss(*arguments, score=score, candidates=candidates, reduction="none")
-            gradients.add(losses, leaf, logits, part, trainer.shared)
+        for batch in batches:
+            for part in batch:
+                logits = LMHead.from_model(student).logits(response_hidden_states(student, part.packed))
+                leaf = logits.detach().requires_grad_()
+                arguments = (leaf, teacher_logits(part, trainer), part.alignment, trainer.shared)
+                losses = simct_loss(*arguments, score=score, candidates=candidates, reduction="none")
+                gradients.add(losses, leaf, logits, part, trainer.shared)
+            gradients.close_batch()
         rows.append({"score": score, "candidates": candidates, **gradients.summary(), **common})
     return rows
 
@@ -132,6 +140,8 @@ class Gradients:
         self.losses: dict[str, list[float]] = {"single": [], "longer": []}
         self.first_token: list[float] = []
         self.shared: list[bool] = []
+        self.cosine: list[float] = []
+        self.norm_ratio: list[float] = []
 
     def add(self, losses: Tensor, leaf: Tensor, logits: Tensor, part: MicroBatch, shared) -> None:
         units = part.alignment
@@ -151,22 +161,31 @@ class Gradients:
                 self.first_token += by_logits[rows, tokens].tolist()
                 self.shared += torch.isin(tokens, shared.student_ids).tolist()
 
-    def summary(self) -> dict[str, float]:
+    def close_batch(self) -> None:
+        """Compares the two gradients of the batch that is over; a batch without longer units has nothing to compare."""
         dot, single, longer = (
             sum(float((a * b).sum(dtype=torch.float64)) for a, b in zip(self.of[x], self.of[y], strict=True))
             for x, y in (("single", "longer"), ("single", "single"), ("longer", "longer"))
         )
+        if single and longer:
+            self.cosine.append(dot / math.sqrt(single * longer))
+            self.norm_ratio.append(math.sqrt(longer / single))
+        for gradients in self.of.values():
+            for gradient in gradients:
+                gradient.zero_()
+
+    def summary(self) -> dict[str, float]:
         found: dict[str, float] = {}
         measured = {
             "first_token_gradient": self.first_token,
             "first_token_shared": self.shared,
             "single_loss": self.losses["single"],
             "longer_loss": self.losses["longer"],
+            "cosine": self.cosine,
+            "norm_ratio": self.norm_ratio,
         }
         for name, values in measured.items():
             found[name], found[f"{name}_stderr"] = mean_with_error(values)
-        found["cosine"] = dot / math.sqrt(single * longer) if single and longer else math.nan
-        found["norm_ratio"] = math.sqrt(longer / single) if single else math.nan
         return {"single_units": len(self.losses["single"]), "longer_units": len(self.losses["longer"]), **found}
 
 

@@ -25,6 +25,7 @@ JUDGES = {  # name: title, format, whether more is better (None: neither)
     "ended": ("ended", ".1%", None),
     "whitespace": ("white space", ".1%", None),
 }
+COMPARED = "reverse_kl_per_byte", "forward_kl_per_byte", "accuracy"
 Summary = dict[tuple[str, str], dict[str, Any]]
 
 
@@ -51,6 +52,22 @@ def summarize(rows: list[dict[str, Any]], settings: list[str], arms: list[str]) 
     return found
 
 
+def differences(rows: list[dict[str, Any]], setting: str, arm: str, baseline: str) -> list[str]:
+    """Of each of COMPARED, `arm` less `baseline`: mean over seeds ± standard error. The same seed has the same prompts in the same
+    order in both, so that what the seeds have in common cancels."""
+    by_seed: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if (row["setting"], row["split"]) == (setting, "test") and row["arm"] in (arm, baseline):
+            by_seed.setdefault(row["seed"], {})[row["arm"]] = row
+    both = [pair for pair in by_seed.values() if len(pair) == 2]
+    found = []
+    for name in COMPARED:
+        mean, error = mean_with_error([float(pair[arm][name]) - float(pair[baseline][name]) for pair in both])
+        form = JUDGES[name][1]
+        found.append(f"{mean:+{form}} ± {error:{form}}")
+    return found
+
+
 def title(arm: str) -> str:
     return "before training" if arm == "none" else ARMS[arm].title
 
@@ -71,27 +88,44 @@ def table(summary: Summary, setting: str) -> Table:
     return shown
 
 
-def write_markdown(summary: Summary, settings: list[str], path: Path) -> None:
+def write_markdown(rows: list[dict[str, Any]], settings: list[str], arms: list[str], path: Path) -> None:
+    """Each setting's table, and what each arm changes against the first of them."""
+    summary = summarize(rows, settings, arms)
+    baseline, *others = arms
     lines = []
     for setting in settings:
-        lines += [f"## {setting}", "", "| arm | " + " | ".join(t for t, _, _ in JUDGES.values()) + " | learning rate |"]
+        lines += [f"## {setting}", ""]
+        shares = [m for (own, _), m in summary.items() if own == setting and m["tokens_longer"] > 0]
+        if shares:
+            lines.append(
+                f"Of the response tokens that the student samples at first, {shares[0]['tokens_single']:.0%} are in 1:1 units,"
+            )
+            lines += [
+                f"{shares[0]['tokens_longer']:.0%} in longer ones. Mean over seeds ± standard error, test prompts:",
+                "",
+            ]
+        lines.append("| arm | " + " | ".join(t for t, _, _ in JUDGES.values()) + " | learning rate |")
         lines.append("|---" * (len(JUDGES) + 2) + "|")
         for (own, arm), means in summary.items():
             if own == setting:
                 lines.append(f"| {title(arm)} | " + " | ".join(cells(means)) + f" | {means['learning_rate']} |")
+        lines += ["", f'Less "{title(baseline)}", by seed:', ""]
+        lines.append("| arm | " + " | ".join(JUDGES[name][0] for name in COMPARED) + " |")
+        lines.append("|---" * (len(COMPARED) + 1) + "|")
+        for arm in others:
+            lines.append(f"| {title(arm)} | " + " | ".join(differences(rows, setting, arm, baseline)) + " |")
         lines.append("")
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def plot_summary(summary: Summary, settings: list[str], path: Path) -> None:
     """Each judge of each arm, setting by setting, with its standard error."""
-    shown = ("reverse_kl_per_byte", "forward_kl_per_byte", "accuracy")
     arms = list(dict.fromkeys(arm for _, arm in summary))
-    size = (5 * len(shown), (0.6 + 0.28 * len(arms)) * len(settings))
-    figure, axes = pyplot.subplots(len(settings), len(shown), figsize=size, squeeze=False, layout="constrained")
+    size = (5 * len(COMPARED), (0.6 + 0.28 * len(arms)) * len(settings))
+    figure, axes = pyplot.subplots(len(settings), len(COMPARED), figsize=size, squeeze=False, layout="constrained")
     for line, setting in zip(axes, settings, strict=True):
         own = [arm for arm in arms if (setting, arm) in summary]
-        for axis, judge in zip(line, shown, strict=True):
+        for axis, judge in zip(line, COMPARED, strict=True):
             means, errors = zip(*(summary[setting, arm][judge] for arm in own), strict=True)
             colours = [
                 "gray" if arm == "none" else "tab:blue" if arm.startswith("strict") else "tab:orange" for arm in own
