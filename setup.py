@@ -45,6 +45,8 @@ setup(
             "gguf>=0.10",  # a quantised teacher's file
             'bitsandbytes>=0.49; platform_system == "Linux"',  # QLoRA; its 4 bits run on a CPU, too
             "lm-eval[hf]>=0.4.13",  # simct eval
+            "mypy>=1.18",
+            "pdoc>=15",  # the API reference builds
         ],
         "math": ["math-verify[antlr4_11_0]>=0.8"],  # grades answers: boxed, LaTeX, numbers
         "eval": ["lm-eval[hf]>=0.4.13"],  # simct eval
