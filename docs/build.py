@@ -12,6 +12,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ROOT / "docs" / "options.md"
+MODULES = (
+    "simct",
+    "simct.config",
+    "simct.padded",
+    "simct.pair",
+    "simct.rollout",
+    "simct.teacher",
+    "simct.trainer",
+    "simct_kernels",
+)
 SECTIONS = {  # the first option of each: the order is that of SimCTConfig
     "learning_rate": "Optimisation",
     "max_new_tokens": "Rollouts",
@@ -33,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     import pdoc
 
     pdoc.render.configure(docformat="google", show_source=True)
-    pdoc.pdoc("simct", "simct_kernels", output_directory=folder)
+    pdoc.pdoc(*MODULES, output_directory=folder)
     print(f"wrote {OPTIONS} and {folder}/index.html")
 
 

@@ -1,7 +1,8 @@
 """`python -m bench.quality`: trains the pairs, runs every arm on each, and writes CSV, tables and plots. Run again, it goes on.
 
-Each arm's learning rate is the best of a small grid, for one seed, on the validation prompts (by the sum of both directions of the
-sequence KL); the table is of other seeds, on the test prompts.
+Responses are sampled as in the paper (temperature 0.6, top-p 0.95) and judged at temperature 1. Each arm's learning rate is the
+best of a small grid, for one seed, on the validation prompts (by the sum of both directions of the sequence KL); the table is of
+other seeds, on the test prompts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bench.record import REPOSITORY
 from simct.files import replaced
 
 from . import show
-from .arms import ARMS, QUICK_ARMS, RATES
+from .arms import ARMS, CONTROL_ARMS, QUICK_ARMS, RATES
 from .runs import Plan, run
 from .settings import QUICK_SIZES, SIZES, STUDENTS, prepare
 from .texts import Texts, make_texts
@@ -50,7 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=None if os.isatty(1) else 200)
     plan, rates, seeds = (QUICK, RATES[1:2], 2) if options.quick else (Plan(), RATES, options.seeds)
     arms = options.arms or (list(QUICK_ARMS) if options.quick else list(ARMS))
-    settings = options.settings[-1:] if options.quick else options.settings
+    settings = options.settings[:1] if options.quick else options.settings
+    # With one vocabulary most arms are the same.
+    pairs = [(setting, arm) for setting in settings for arm in arms if setting != "same" or arm in CONTROL_ARMS]
     texts = make_texts(prompts=64, held_out=16) if options.quick else make_texts()
     models = folder / "models"
     prepare(models, settings, texts, QUICK_SIZES if options.quick else SIZES, options.workers, console.print)
@@ -60,13 +63,12 @@ def main(arguments: list[str] | None = None) -> None:
     results = Results(folder)
     common = (models, texts, plan)
     before = [(setting, "none", 0.0, 0, split) for setting in settings for split in ("validation", "test")]
-    chosen = [(setting, arm, rate, 0, "validation") for setting in settings for arm in arms for rate in rates]
+    chosen = [(setting, arm, rate, 0, "validation") for setting, arm in pairs for rate in rates]
     finish(before + chosen, results, common, options.workers, console)
     tested = [
         (setting, arm, best_rate(results.rows, setting, arm), seed, "test")
         for seed in range(1, seeds + 1)
-        for setting in settings
-        for arm in arms
+        for setting, arm in pairs
     ]
     finish(tested, results, common, options.workers, console)
     summary = show.summarize(results.rows, settings, arms)

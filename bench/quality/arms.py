@@ -36,4 +36,5 @@ ARMS = {
     "sft": Arm("SFT on teacher samples", kind="sft"),
 }
 QUICK_ARMS = ("strict", "simct", "sft")
-RATES = (1e-4, 3e-4, 1e-3)  # each arm's learning rate is the best of these on the validation prompts
+CONTROL_ARMS = ("strict", "strict-top16", "forward-kl", "jsd", "sft")  # with one vocabulary the others are one of these
+RATES = (3e-5, 1e-4, 3e-4)  # each arm's learning rate is the best of these on the validation prompts

@@ -10,7 +10,7 @@ from simct import TokenizerPair
 from simct.evaluation import score
 from simct.metrics import ratio_with_standard_error
 from simct.micro_batches import split
-from simct.rollout import Response, StaticBatching
+from simct.rollout import Response, Sampling, StaticBatching
 from simct.samples import Sample, Samples
 from simct_kernels import token_statistics
 
@@ -27,12 +27,12 @@ class TeacherSamples:
     teacher: list[list[int]]
 
 
-def sample_teacher(trainer, records: list[dict], seed: int) -> TeacherSamples:
-    """One response of the teacher to each prompt, drawn from its own distribution."""
+def sample_teacher(trainer, records: list[dict], sampling: Sampling, seed: int) -> TeacherSamples:
+    """One response of the teacher to each prompt."""
     scorer = trainer.scorers[trainer.default_teacher]
     pair = scorer.pair
     end = pair.teacher_end_ids
-    settings = replace(trainer.sampling, end_ids=end, pad_id=end[0], temperature=1.0, top_p=1.0, stop_strings=())
+    settings = replace(sampling, end_ids=end, pad_id=end[0], stop_strings=())
     prompts = [scorer.render(record) for record in records]
     responses = [r.token_ids for r in StaticBatching(scorer.teacher.model, 256).generate(prompts, settings, seed=seed)]
     back = TokenizerPair(scorer.teacher.tokenizer, trainer.processing_class)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from .texts import Texts
 class Plan:
     """How long every run is."""
 
-    steps: int = 80
+    steps: int = 60
     prompts: int = 16  # of a step
-    tokens: int = 40  # of a response, at most
+    tokens: int = 32  # of a response, at most
     log_every: int = 10
 
 
@@ -60,14 +60,14 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         config = SimCTConfig(
             output_dir=scratch, max_steps=plan.steps, per_device_train_batch_size=plan.prompts, learning_rate=rate, seed=seed,
-            temperature=1.0, top_p=1.0, max_new_tokens=plan.tokens, prompt_format="text", logging_steps=plan.log_every,
+            max_new_tokens=plan.tokens, prompt_format="text", logging_steps=plan.log_every,
             per_device_eval_batch_size=256, save_strategy="no", use_cpu=True, disable_tqdm=True, report_to=[],
             **(chosen.options if chosen else {}),
         )  # fmt: skip
         kind = StringAligned if chosen and chosen.kind == "strings" else SimCTTrainer
         trainer = kind(str(models / setting), str(models / "teacher"), config, texts.train)
         trainer.remove_callback(PrinterCallback)
-        judged_on = sample_teacher(trainer, records, seed=17)
+        judged_on = sample_teacher(trainer, records, replace(trainer.sampling, temperature=1.0, top_p=1.0), seed=17)
         if chosen and chosen.kind == "sft":
             log = finetune(trainer, texts, plan, rate, seed)
         elif chosen:
@@ -97,13 +97,14 @@ def run(
 
 
 def finetune(trainer: SimCTTrainer, texts: Texts, plan: Plan, rate: float, seed: int) -> list[dict[str, float]]:
-    """Cross entropy on the teacher's own samples, of as many responses as the other arms see, with their optimiser's settings."""
+    """Cross entropy on the teacher's own samples, as many and sampled in the same way as the student's in the other arms, with
+    their optimiser's settings."""
     student = trainer.accelerator.unwrap_model(trainer.model).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=rate, betas=(0.9, 0.999), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.05 * plan.steps), plan.steps)
     order = torch.randperm(len(texts.train), generator=torch.Generator().manual_seed(seed)).tolist()
     wanted = [texts.train[order[i % len(order)]] for i in range(plan.steps * plan.prompts)]
-    samples = as_samples(trainer, sample_teacher(trainer, wanted, seed=seed))
+    samples = as_samples(trainer, sample_teacher(trainer, wanted, trainer.sampling, seed=seed))
     log = []
     for step in range(plan.steps):
         (batch,) = split(

@@ -68,6 +68,7 @@ STUDENTS = {
     "fine": Spelling(512),
     "digits": Spelling(1536, digits=1),
     "trailing": Spelling(1536, space="after"),
+    "same": TEACHER,  # the control: one vocabulary
 }
 SIZES = {"teacher": Size(160, 4, 3000), "student": Size(96, 2, 1000)}
 QUICK_SIZES = {"teacher": Size(48, 1, 40), "student": Size(32, 1, 20)}
@@ -81,12 +82,16 @@ def prepare(
     context = multiprocessing.get_context("spawn")  # forked threads of torch would wait for ever
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         left = {}
-        for number, (name, (spelling, size)) in enumerate(wanted.items()):
+        for name, (spelling, size) in wanted.items():
             made_by = {**asdict(spelling), **asdict(size), "documents": len(texts.documents)}
             stamp = folder / name / "made_by.json"
             if not (stamp.is_file() and json.loads(stamp.read_text()) == made_by):
                 progress(f"training {name}: {size.steps} steps")
-                left[pool.submit(make_model, folder / name, spelling, size, texts.documents, number)] = stamp, made_by
+                left[
+                    pool.submit(
+                        make_model, folder / name, spelling, size, texts.documents, ["teacher", *STUDENTS].index(name)
+                    )
+                ] = stamp, made_by
         for done in as_completed(left):
             done.result()
             write_json(*left[done])

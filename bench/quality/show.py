@@ -112,7 +112,7 @@ def write_markdown(rows: list[dict[str, Any]], settings: list[str], arms: list[s
         lines += ["", f'Less "{title(baseline)}", by seed:', ""]
         lines.append("| arm | " + " | ".join(JUDGES[name][0] for name in COMPARED) + " |")
         lines.append("|---" * (len(COMPARED) + 1) + "|")
-        for arm in others:
+        for arm in (arm for arm in others if (setting, arm) in summary):
             lines.append(f"| {title(arm)} | " + " | ".join(differences(rows, setting, arm, baseline)) + " |")
         lines.append("")
     path.write_text("\n".join(lines), encoding="utf-8")
