@@ -1,6 +1,6 @@
 """On-policy distillation across two tokenizers in a plain PyTorch loop: the student writes, the teacher reads it, one fused loss.
 
-    python examples/plain_loop.py     # the demo's models; a few seconds on a CPU, offline
+python examples/plain_loop.py     # the demo's models; a few seconds on a CPU, offline
 """
 
 import torch

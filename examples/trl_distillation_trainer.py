@@ -2,9 +2,8 @@
 
     python examples/trl_distillation_trainer.py     # the demo's models; a few seconds on a CPU, offline
 
-TRL refuses a teacher whose `vocab_size` differs, since its own loss compares whole distributions. That check belongs to the argument
-`teacher_model`, which "may be omitted by subclasses that supply the teacher another way": this one does, and its loss needs no common
-vocabulary. Nothing is patched, and no vocabulary is resized.
+TRL refuses a `teacher_model` of another `vocab_size`, since its own loss compares whole distributions. Subclasses may leave that
+argument out and "supply the teacher another way": this one does. Nothing is patched, no vocabulary resized.
 """
 
 import torch
@@ -23,7 +22,7 @@ class SimCTDistillationTrainer(DistillationTrainer):
     def __init__(self, model, teacher: LocalTeacher, args, train_dataset, processing_class) -> None:
         super().__init__(model, None, args, train_dataset, processing_class=processing_class)
         self.teacher, self.pair = teacher, TokenizerPair(processing_class, teacher.tokenizer)
-        self.teacher.model.to(self.accelerator.device)
+        teacher.place(self.accelerator.device)
         self.shared = self.pair.shared.to(self.accelerator.device)
 
     def _generate_and_score_completions(self, inputs):
@@ -39,15 +38,14 @@ class SimCTDistillationTrainer(DistillationTrainer):
         states = student.get_decoder()(input_ids=ids, attention_mask=batch.attention_mask, use_cache=False)
         rows, head = batch.hidden_rows(states.last_hidden_state), LMHead.from_model(student)
         teacher_ids = self.pair.encode_teacher(batch.responses)
-        teacher_rows = self.teacher.hidden_states(inputs["teacher_prompts"], teacher_ids)
-        units = self.pair.align_batch(batch.responses, teacher_ids).to(rows.device)
-        loss = linear_simct_loss(rows, head, teacher_rows, self.teacher.head, units, self.shared, beta=self.beta)
-        tokens = completion.sum()
+        theirs = self.teacher.hidden_states(inputs["teacher_prompts"], teacher_ids), self.teacher.head
+        units = self.pair.align_batch(batch.responses, teacher_ids).to(ids.device)
+        loss, tokens = linear_simct_loss(rows, head, *theirs, units, self.shared, beta=self.beta), completion.sum()
         entropy = token_statistics(rows.detach(), head, units.student_tokens).entropy.sum()  # TRL logs it
         return loss / (tokens if num_items_in_batch is None else num_items_in_batch), entropy, tokens
 
 
-def main() -> None:
+if __name__ == "__main__":
     models = [AutoModelForCausalLM.from_pretrained(ASSETS / side, dtype="float32") for side in ("student", "teacher")]
     tokenizers = [AutoTokenizer.from_pretrained(ASSETS / side, padding_side="left") for side in ("student", "teacher")]
     options = dict(per_device_train_batch_size=32, learning_rate=1e-3, max_completion_length=24, logging_steps=1)
@@ -58,7 +56,3 @@ def main() -> None:
     trainer.train()
     for entry in trainer.state.log_history[:-1]:
         print(f"step {entry['step']}: loss {entry['loss']:.6f}, entropy {entry['entropy']:.3f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from simct.pair import Alignment, TokenizerPair
 
@@ -31,8 +32,8 @@ class PaddedBatch:
     The masks are bool or 0 and 1. Without an `attention_mask` a response that begins right after padding goes unseen.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, a mask with other values, no response in the whole batch, a
-    response with gaps, response tokens that are padding, or a response that nothing predicts, as no token is before it. What is
-    checked waits for the device once.
+    response with gaps, response tokens that are padding, or a response that nothing predicts, as no token is before it. The checks
+    read the tensors on the host.
     """
 
     input_ids: Tensor  # int64 [B, T]
@@ -86,6 +87,23 @@ class PaddedBatch:
         if other.any():
             raise ValueError(f"{name} must hold 0 and 1, got {mask[other][0].item()}")
         return mask.bool()
+
+    @classmethod
+    def build(
+        cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, pad_id: int = 0
+    ) -> "PaddedBatch":
+        """Prompts, each followed by its response, padded on the right with `pad_id`.
+
+        Raises ValueError unless there is one response to each prompt, and for what `PaddedBatch` refuses.
+        """
+        if len(prompts) != len(responses):
+            raise ValueError(f"{len(prompts)} prompts, but {len(responses)} responses")
+        sequences = [torch.tensor([*p, *r], dtype=torch.int64) for p, r in zip(prompts, responses, strict=True)]
+        ids = pad_sequence(sequences, batch_first=True, padding_value=pad_id)
+        place = torch.arange(ids.shape[1])
+        start = torch.tensor([len(p) for p in prompts])[:, None]
+        read = place < torch.tensor([len(sequence) for sequence in sequences])[:, None]
+        return cls(ids, read & (place >= start), read)
 
     @classmethod
     def generated(cls, sequences: Tensor, prompt_mask: Tensor, end_ids: Sequence[int]) -> "PaddedBatch":

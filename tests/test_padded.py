@@ -115,6 +115,17 @@ def test_texts_that_differ_are_counted(pair, sides):
         padded_to_packed(pair, ours, torch.zeros(len(ours.rows), 4), theirs, torch.zeros(len(theirs.rows), 4))
 
 
+def test_built_from_lists_is_padded_on_the_right(sides):
+    (prompts, responses), _ = sides
+    built, expected = PaddedBatch.build(prompts, responses, pad_id=3), padded(prompts, responses, "right")
+    width = built.input_ids.shape[1]
+    assert width == max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    for name in ("input_ids", "response_mask", "attention_mask"):
+        assert torch.equal(getattr(built, name).long(), getattr(expected, name)[:, :width].long()), name
+    with pytest.raises(ValueError, match="3 prompts, but 2 responses"):
+        PaddedBatch.build(prompts, responses[:2])
+
+
 def test_what_generate_returns():
     sequences = torch.tensor([[0, 0, 5, 6, 7, 9, 0], [4, 5, 6, 7, 8, 7, 8], [0, 3, 3, 9, 0, 0, 0]])
     prompt_mask = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 1]])
