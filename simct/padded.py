@@ -96,8 +96,10 @@ class PaddedBatch:
 
         Raises ValueError unless there is one response to each prompt, and for what `PaddedBatch` refuses.
         """
-        if len(prompts) != len(responses):
-            raise ValueError(f"{len(prompts)} prompts, but {len(responses)} responses")
+        if len(prompts) != len(responses) or not prompts:
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(responses)} responses: expected one response to each prompt"
+            )
         sequences = [torch.tensor([*p, *r], dtype=torch.int64) for p, r in zip(prompts, responses, strict=True)]
         ids = pad_sequence(sequences, batch_first=True, padding_value=pad_id)
         place = torch.arange(ids.shape[1])

@@ -122,8 +122,9 @@ def test_built_from_lists_is_padded_on_the_right(sides):
     assert width == max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     for name in ("input_ids", "response_mask", "attention_mask"):
         assert torch.equal(getattr(built, name).long(), getattr(expected, name)[:, :width].long()), name
-    with pytest.raises(ValueError, match="3 prompts, but 2 responses"):
-        PaddedBatch.build(prompts, responses[:2])
+    for prompts, responses, message in ((prompts, responses[:2], "3 prompts and 2"), ([], [], "0 prompts and 0")):
+        with pytest.raises(ValueError, match=f"{message} responses: expected one"):
+            PaddedBatch.build(prompts, responses)
 
 
 def test_what_generate_returns():
