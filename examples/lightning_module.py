@@ -1,6 +1,8 @@
 """On-policy distillation across two tokenizers as a `LightningModule`: Lightning's `Trainer`, SimCT's loss.
 
-python examples/lightning_module.py     # the demo's models; a few seconds on a CPU, offline
+    python examples/lightning_module.py     # the demo's models; a few seconds on a CPU, offline
+
+The batch is text: each side's tokenizer makes its own tokens of it (and would apply its own chat template).
 """
 
 import lightning

@@ -1,6 +1,8 @@
 """On-policy distillation across two tokenizers in a plain PyTorch loop: the student writes, the teacher reads it, one fused loss.
 
-python examples/plain_loop.py     # the demo's models; a few seconds on a CPU, offline
+    python examples/plain_loop.py     # the demo's models; a few seconds on a CPU, offline
+
+Yours take their place: a path or a hub name for each side, and your prompts, each side's in its own chat template.
 """
 
 import torch

@@ -16,7 +16,7 @@ TRL, Lightning and others, are in `examples/`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -178,4 +178,4 @@ def padded_to_packed(
     """
     units = pair.align_batch(student.responses, teacher.responses, disjoint=disjoint)
     rows = student.hidden_rows(student_hidden), teacher.hidden_rows(teacher_hidden)
-    return PackedRows(*rows, units.to(student_hidden.device))
+    return PackedRows(*rows, cast(Alignment, units.to(student_hidden.device)))

@@ -122,9 +122,10 @@ def test_built_from_lists_is_padded_on_the_right(sides):
     assert width == max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     for name in ("input_ids", "response_mask", "attention_mask"):
         assert torch.equal(getattr(built, name).long(), getattr(expected, name)[:, :width].long()), name
-    for prompts, responses, message in ((prompts, responses[:2], "3 prompts and 2"), ([], [], "0 prompts and 0")):
-        with pytest.raises(ValueError, match=f"{message} responses: expected one"):
-            PaddedBatch.build(prompts, responses)
+    with pytest.raises(ValueError, match="3 prompts and 2 responses: expected one response"):
+        PaddedBatch.build(prompts, responses[:2])
+    with pytest.raises(ValueError, match="0 prompts and 0 responses: expected one response"):
+        PaddedBatch.build([], [])
 
 
 def test_what_generate_returns():
