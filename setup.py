@@ -14,7 +14,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["simct", "simct.*", "simct_kernels", "simct_kernels.*"]),
-    package_data={"simct": ["recipes/*/*.yaml"], "simct.demo": ["assets/*", "assets/*/*"]},
+    package_data={
+        "simct_kernels": ["py.typed"],
+        "simct": ["py.typed", "recipes/*/*.yaml"],
+        "simct.demo": ["assets/*", "assets/*/*"],
+    },
     install_requires=[
         "torch>=2.8",
         "transformers>=5.0",

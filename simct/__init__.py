@@ -1,9 +1,16 @@
 """SimCT: cross-tokenizer on-policy distillation of language models (arXiv 2605.07711)."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from simct.pair import Alignment, TokenizerPair
 from simct.tokens import token_bytes
+
+if TYPE_CHECKING:
+    from simct.config import SimCTConfig
+    from simct.teacher import LocalTeacher
+    from simct.trainer import SimCTTrainer
 
 try:
     __version__ = version("simct")
@@ -13,14 +20,11 @@ except PackageNotFoundError:  # a checkout that is not installed
 __all__ = ["Alignment", "LocalTeacher", "SimCTConfig", "SimCTTrainer", "TokenizerPair", "token_bytes"]
 
 
-def __getattr__(name: str):
-    # The trainer pulls in accelerate and half of transformers: only who asks for it waits for it.
-    if name == "SimCTConfig":
-        from simct.config import SimCTConfig as found
-    elif name == "SimCTTrainer":
-        from simct.trainer import SimCTTrainer as found
-    elif name == "LocalTeacher":
-        from simct.teacher import LocalTeacher as found
-    else:
-        raise AttributeError(f"module 'simct' has no attribute {name!r}")
-    return found
+# The trainer pulls in accelerate and half of transformers: only who asks for it waits for it.
+_LATER = {"LocalTeacher": "simct.teacher", "SimCTConfig": "simct.config", "SimCTTrainer": "simct.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'simct' has no attribute {name!r}")

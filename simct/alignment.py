@@ -114,7 +114,8 @@ def matching_blocks(student: bytes, teacher: bytes) -> list[tuple[int, int, int]
 
 def invalid_utf8(text: bytes) -> list[tuple[int, int]]:
     """The spans `[start, stop)` that are not valid UTF-8: what `decode(errors="ignore")` leaves out."""
-    spans, at, view = [], 0, memoryview(text)
+    spans: list[tuple[int, int]] = []
+    at, view = 0, memoryview(text)
     while True:
         try:
             str(view[at:], "utf-8")
@@ -135,7 +136,8 @@ def _equal_words(a: list[str], b: list[str]) -> Iterator[tuple[int, int]]:
     Words that differ only by Unicode normalisation keep the two texts in step without being equal.
     """
     like_a, like_b = ([unicodedata.normalize("NFKC", word) for word in words] for words in (a, b))
-    step, i, j = (0, 0), 0, 0
+    step: tuple[int, int] | None = (0, 0)
+    i = j = 0
     while step is not None:
         i, j = i + step[0], j + step[1]
         while i < len(a) and j < len(b) and like_a[i] == like_b[j]:

@@ -68,7 +68,7 @@ def greedy_single(student: Sequence[str], teacher: Sequence[str]) -> list[tuple[
     again. Once neither is the beginning of the other they never are, and the rest of the response is lost.
     """
     i = j = 0
-    single = []
+    single: list[tuple[int, int]] = []
     while i < len(student) and j < len(teacher):
         a, b, m, n = student[i], teacher[j], 1, 1
         while a != b:

@@ -43,11 +43,11 @@ class Alignment(AlignedUnits):
     dropped: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def concatenate(cls, parts: Sequence["Alignment"]) -> "Alignment":
+    def concatenate(cls, parts: Sequence["Alignment"]) -> "Alignment":  # type: ignore[override]
         dropped: Counter[str] = Counter()
         for part in parts:
             dropped.update(part.dropped)
-        return replace(super().concatenate(parts), dropped=dict(dropped))
+        return replace(super().concatenate(parts), dropped=dict(dropped))  # type: ignore[call-arg, return-value]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ class TokenizerPair:
         if special_tokens != "auto" and not isinstance(special_tokens, Mapping):
             raise ValueError(f'special_tokens must be "auto" or a mapping, got {special_tokens!r}')
         self.alignment = alignment
-        mapped = {} if special_tokens == "auto" else _resolve(special_tokens, student_tokenizer, teacher_tokenizer)
+        given = special_tokens if isinstance(special_tokens, Mapping) else {}
+        mapped = _resolve(given, student_tokenizer, teacher_tokenizer)
         student_ends = end_ids(student_tokenizer, student_generation_config, chat=chat)
         teacher_ends = end_ids(teacher_tokenizer, teacher_generation_config, chat=chat)
         self.end_pair: tuple[int, int] = _end_pair(mapped, student_ends, teacher_ends)
@@ -220,8 +221,7 @@ class TokenizerPair:
         student, teacher = self._student.by_bytes(), self._teacher.by_bytes()
         taken = set(mapped.values())
         pairs = {i: teacher[piece] for piece, i in student.items() if piece in teacher and teacher[piece] not in taken}
-        pairs = sorted((pairs | mapped).items())
-        student_ids, teacher_ids = torch.tensor(pairs, dtype=torch.int64).T
+        student_ids, teacher_ids = torch.tensor(sorted((pairs | mapped).items()), dtype=torch.int64).T
         return SharedVocabulary(student_ids.contiguous(), teacher_ids.contiguous())
 
     def _align(self, student_batch, teacher_batch, alignment: str, disjoint: bool) -> Alignment:
@@ -263,8 +263,12 @@ class TokenizerPair:
         left_out = None
         if disjoint:
             left_out = torch.from_numpy(self._left_out(student.ids, teacher.ids, units))
+        student_start, student_length, teacher_start, teacher_length = map(torch.from_numpy, units)
         return Alignment(
-            *(torch.from_numpy(column) for column in units),
+            student_start,
+            student_length,
+            teacher_start,
+            teacher_length,
             student_tokens=torch.from_numpy(student.ids),
             teacher_tokens=torch.from_numpy(teacher.ids),
             left_out=left_out,
@@ -293,7 +297,7 @@ class _PrefixIndex:
     """Finds the shared tokens that are a prefix of a text or start with it."""
 
     def __init__(self, pieces: Sequence[bytes | None], student_ids: Sequence[int]):
-        spelled = sorted((pieces[i], k) for k, i in enumerate(student_ids) if pieces[i])
+        spelled = sorted((piece, k) for k, i in enumerate(student_ids) if (piece := pieces[i]))
         self._bytes = [piece for piece, _ in spelled]
         self._index = [k for _, k in spelled]
         self._by_bytes = dict(spelled)

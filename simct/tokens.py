@@ -7,7 +7,7 @@ decoder and pre-tokenizer, never from class names.
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tokenizers import Tokenizer
 
@@ -47,17 +47,16 @@ def token_bytes(tokenizer) -> list[bytes | None]:
     except Exception as error:  # such a component has no state to read
         raise ValueError(f"{name} has a component written in Python; {_SUPPORTED}") from error
     model = type(backend.model).__name__
+    added_spell: Callable[[str], bytes] = str.encode
 
     if any(part["type"] == "ByteLevel" for part in decoders + pre_tokenizers):
-        spell = _byte_level
-        added_spell = str.encode  # an added token is matched in the text itself, before the alphabet
+        spell = _byte_level  # an added token is matched in the text itself, before the alphabet
     elif model == "WordPiece":
         prefix = backend.model.continuing_subword_prefix
 
         def spell(token: str) -> bytes:
             return token.removeprefix(prefix).encode()
 
-        added_spell = str.encode
     elif marker := _space_marker(decoders, bool(getattr(backend.model, "byte_fallback", False))):
 
         def spell(token: str) -> bytes:
@@ -74,9 +73,9 @@ def token_bytes(tokenizer) -> list[bytes | None]:
     for token, index in vocabulary.items():
         pieces[index] = spell(token)
     special = {index for index in tokenizer.all_special_ids if index < len(pieces)}
-    for index, token in backend.get_added_tokens_decoder().items():
-        pieces[index] = added_spell(token.content)
-        if token.special:
+    for index, added in backend.get_added_tokens_decoder().items():
+        pieces[index] = added_spell(added.content)
+        if added.special:
             special.add(index)
     unknown = getattr(backend.model, "unk_token", None)
     if unknown in vocabulary:

@@ -81,7 +81,7 @@ def _unit_logprobs(
     unit = torch.repeat_interleave(length)  # [R]
     before = length.cumsum(0) - length
     rows = torch.arange(len(unit), device=unit.device) - before[unit] + start[unit]
-    step = auto_rows(2 * head.weight.shape[0], hidden.device) if chunk_rows == "auto" else chunk_rows
+    step = chunk_rows if isinstance(chunk_rows, int) else auto_rows(2 * head.weight.shape[0], hidden.device)
     logprobs = over_rows(_TokenLogprob(tokens[rows]), hidden, head, rows, step=step, dtype=dtype)
     return SumByUnit.apply(logprobs, unit, len(units))
 

@@ -82,14 +82,14 @@ def bpm_loss(
     check_tokens("student_head", student_head, "student", units)
     check_tokens("teacher_head", teacher_head, "teacher", units)
     dtype = compute_dtype(student_hidden, student_head.weight, teacher_hidden, teacher_head.weight)
-    if chunk_rows == "auto":
+    if not isinstance(chunk_rows, int):
         chunk_rows = auto_prefix_rows(student_head, teacher_head, student_hidden.device)
     teacher = LinearRows(teacher_hidden, teacher_head, units.student_tokens.new_empty(0), dtype)
     plan = _plan(units, tables)
     function = _PrefixDivergence(ProjectedTeacher(teacher, tables, temperature), plan, units.teacher_tokens)
     sections = (plan.at_boundary, len(plan.unit) - plan.at_boundary)
-    options = dict(step=chunk_rows, dtype=dtype, sections=sections)
-    losses = over_rows(function, student_hidden, student_head, plan.student_rows, **options)
+    rows = plan.student_rows
+    losses = over_rows(function, student_hidden, student_head, rows, step=chunk_rows, dtype=dtype, sections=sections)
     return reduce_units(SumByUnit.apply(losses, plan.unit, len(units)), reduction, return_unit_losses)
 
 

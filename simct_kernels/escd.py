@@ -81,7 +81,7 @@ def escd_loss(
     check_tokens("student_head", student_head, "student", units)
     last_rows = _last_rows(response_lengths, units)
     dtype = compute_dtype(student_hidden, student_head.weight, teacher_hidden, teacher_head.weight)
-    if chunk_rows == "auto":
+    if not isinstance(chunk_rows, int):
         chunk_rows = auto_prefix_rows(student_head, teacher_head, student_hidden.device)
     teacher = LinearRows(teacher_hidden, teacher_head, units.student_tokens.new_empty(0), dtype)
 
@@ -93,8 +93,8 @@ def escd_loss(
     function = _EventSets(
         ProjectedTeacher(teacher, tables, temperature), units.teacher_start[unit], tokens[unit], len(units)
     )
-    options = dict(step=chunk_rows, dtype=dtype, sections=(len(units), len(completed)))
-    losses = over_rows(function, student_hidden, student_head, rows, **options)
+    sections = (len(units), len(completed))
+    losses = over_rows(function, student_hidden, student_head, rows, step=chunk_rows, dtype=dtype, sections=sections)
     return reduce_units(SumByUnit.apply(losses, unit, len(units)), reduction, return_unit_losses)
 
 

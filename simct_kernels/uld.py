@@ -58,7 +58,7 @@ def uld_loss(
     sides = (student_hidden, student_head, teacher_hidden, teacher_head)
     check_linear_arguments(*sides, units, temperature, chunk_rows)
     dtype = compute_dtype(student_hidden, student_head.weight, teacher_hidden, teacher_head.weight)
-    if chunk_rows == "auto":
+    if not isinstance(chunk_rows, int):
         # Logits, probabilities, their sorted copy and its int64 order stand side by side.
         columns = 4 * max(student_head.weight.shape[0], teacher_head.weight.shape[0])
         chunk_rows = auto_rows(columns, student_hidden.device)

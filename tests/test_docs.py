@@ -1,6 +1,8 @@
-"""The documentation builds, its links lead somewhere, and its list of options is that of the code."""
+"""The documentation builds, its links lead somewhere, its list of options is the code's, and the public types check."""
 
 import runpy
+import subprocess
+import sys
 
 from bench.record import REPOSITORY
 
@@ -34,3 +36,14 @@ def test_api_reference_builds(tmp_path):
         and "AlignedUnits" in page
         and (tmp_path / "site" / "simct" / "trainer.html").is_file()
     )
+
+
+def test_types_of_the_public_surface(tmp_path):
+    """As pyproject.toml says; and a program that uses them wrongly is told so."""
+    command = [sys.executable, "-m", "mypy", f"--cache-dir={tmp_path / 'cache'}"]
+    program = tmp_path / "program.py"
+    program.write_text("import simct\nfrom simct_kernels import LMHead\nsimct.TokenizerPair(1)\nLMHead(weight='x')\n")
+    right = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert right.returncode == 0, right.stdout
+    wrong = subprocess.run([*command, str(program)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stdout.count("program.py") == 2, wrong.stdout

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bench.quality import gradients, show
-from bench.quality.__main__ import Results, best_rate
+from bench.quality.__main__ import Results
 from bench.quality.arms import ARMS
 from bench.quality.means import mean_with_error
 from bench.quality.runs import Plan, run
@@ -61,13 +61,13 @@ def test_the_learning_rate_is_chosen_on_the_validation_prompts():
         return {"setting": "fine", "arm": "simct", "learning_rate": rate, "split": split, **kl}
 
     rows = [row("0.1", "3", "1"), row("0.2", "1.5", "2"), row("0.3", "0", "0", "test"), row("0.4", "4", "4")]
-    assert best_rate(rows, "fine", "simct") == 0.2
+    assert show.best_rate(rows, "fine", "simct") == 0.2
 
 
 def test_differences_are_by_seed():
-    def row(arm, seed, value):
+    def row(arm, seed, value, split="test", rate=0.1):
         judged = dict.fromkeys(show.COMPARED, str(value))
-        return {"setting": "fine", "arm": arm, "seed": seed, "split": "test", **judged}
+        return {"setting": "fine", "arm": arm, "seed": seed, "split": split, "learning_rate": rate, **judged}
 
     rows = [
         row("strict", "1", 1.0),
@@ -76,6 +76,8 @@ def test_differences_are_by_seed():
         row("simct", "1", 0.7),
         row("simct", "3", 9),
     ]
+    rows += [row(arm, "0", 1.0, "validation") for arm in ("strict", "simct")]
+    rows += [row("simct", seed, 100.0, rate=0.2) for seed in "123"]  # another learning rate than the best
     assert show.differences(rows, "fine", "simct", "strict")[0] == "-0.400 ± 0.100"
 
 
@@ -133,7 +135,9 @@ def test_quick_study(tmp_path):
     assert {row["arm"] for row in rows} == {"none", "strict", "simct", "sft"}
     assert all(float(row["forward_kl_per_byte"]) > 0 for row in rows)
     tables = (tmp_path / "tables.md").read_text()
-    assert tables.count("±") == 1 + 4 * 7 + 2 * 3, "the arms' own, and two of them less the first"
+    assert tables.count("±") == 1 + 4 * 7 + 2 * 3 + 4 * 7, (
+        "the arms' own, two of them less the first, and the highest rate"
+    )
     assert "SimCT (paper)" in tables
-    for name in "summary", "curves":
+    for name in "summary", "rates", "curves", "collapse":
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

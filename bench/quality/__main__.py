@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench.record import REPOSITORY
 from simct.files import replaced
 
-from . import show
-from .arms import ARMS, CONTROL_ARMS, QUICK_ARMS, RATES
+from . import plots, show
+from .arms import ARMS, CONTROL_ARMS, PUSHED_ARMS, QUICK_ARMS, RATES
 from .runs import Plan, run
 from .settings import QUICK_SIZES, SIZES, STUDENTS, prepare
 from .texts import Texts, make_texts
@@ -65,31 +65,26 @@ def main(arguments: list[str] | None = None) -> None:
     before = [(setting, "none", 0.0, 0, split) for setting in settings for split in ("validation", "test")]
     chosen = [(setting, arm, rate, 0, "validation") for setting, arm in pairs for rate in rates]
     finish(before + chosen, results, common, options.workers, console)
-    tested = [
-        (setting, arm, best_rate(results.rows, setting, arm), seed, "test")
-        for seed in range(1, seeds + 1)
-        for setting, arm in pairs
-    ]
+    high = rates[-1]  # where a collapse shows: some arms are tested there, too
+    chosen = [(*pair, show.best_rate(results.rows, *pair)) for pair in pairs]
+    pushed = [(*pair, high) for pair in pairs if pair[1] in PUSHED_ARMS]
+    tested = [(*one, seed, "test") for seed in range(1, seeds + 1) for one in dict.fromkeys((*chosen, *pushed))]
     finish(tested, results, common, options.workers, console)
     summary = show.summarize(results.rows, settings, arms)
     for setting in settings:
         console.print(show.table(summary, setting))
-    show.write_markdown(results.rows, settings, arms, folder / "tables.md")
-    show.plot_summary(summary, settings, folder / "summary.png")
-    show.plot_curves(results.curves, settings, arms, folder / "curves.png")
+    show.write_markdown(results.rows, settings, arms, high, folder / "tables.md")
+    plots.plot_summary(summary, settings, folder / "summary.png")
+    plots.plot_rates(results.rows, settings, arms, folder / "rates.png")
+    plots.plot_curves(results.rows, results.curves, settings, arms, folder / "curves.png")
+    own = [arm for arm in arms if arm in PUSHED_ARMS]
+    plots.plot_curves(results.rows, results.curves, settings, own, folder / "collapse.png", high)
     console.print(f"results: {folder}", highlight=False)
 
 
 def write_prompts(texts: Texts, path: Path) -> None:
     with replaced(path) as file:
         file.writelines(json.dumps({"prompt": record["prompt"]}) + "\n" for record in texts.test)
-
-
-def best_rate(rows: list[dict[str, Any]], setting: str, arm: str) -> float:
-    """The learning rate with the least KL in both directions on the validation prompts."""
-    found = [r for r in rows if (r["setting"], r["arm"], r["split"]) == (setting, arm, "validation")]
-    best = min(found, key=lambda r: float(r["reverse_kl_per_byte"]) + float(r["forward_kl_per_byte"]))
-    return float(best["learning_rate"])
 
 
 def finish(runs: list[tuple], results: Results, common: tuple, workers: int, console: Console) -> None:

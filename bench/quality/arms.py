@@ -38,3 +38,13 @@ ARMS = {
 QUICK_ARMS = ("strict", "simct", "sft")
 CONTROL_ARMS = ("strict", "strict-top16", "forward-kl", "jsd", "sft")  # with one vocabulary the others are one of these
 RATES = (3e-5, 1e-4, 3e-4)  # each arm's learning rate is the best of these on the validation prompts
+PUSHED_ARMS = (
+    "strict",
+    "simct",
+    "sum-logprob",
+    "disjoint",
+    "forward-kl",
+    "bpm",
+    "escd",
+    "sft",
+)  # also at the highest of them

@@ -1,4 +1,4 @@
-"""The study's tables and plots: means over seeds with their standard errors."""
+"""The study's tables: means over seeds with their standard errors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot
 from rich.table import Table
 
 from .arms import ARMS
@@ -29,13 +24,28 @@ COMPARED = "reverse_kl_per_byte", "forward_kl_per_byte", "accuracy"
 Summary = dict[tuple[str, str], dict[str, Any]]
 
 
-def summarize(rows: list[dict[str, Any]], settings: list[str], arms: list[str]) -> Summary:
-    """By setting and arm: for each judge (mean over seeds, standard error of it), the seeds and the learning rate. Arm "none" is
-    the student before, whose error is that over prompts."""
+def best_rate(rows: list[dict[str, Any]], setting: str, arm: str) -> float:
+    """The learning rate with the least KL in both directions on the validation prompts."""
+    found = [r for r in rows if (r["setting"], r["arm"], r["split"]) == (setting, arm, "validation")]
+    best = min(found, key=lambda r: float(r["reverse_kl_per_byte"]) + float(r["forward_kl_per_byte"]))
+    return float(best["learning_rate"])
+
+
+def tested(rows: list[dict[str, Any]], setting: str, arm: str, rate: float | None = None) -> list[dict[str, Any]]:
+    """The test runs of an arm at a learning rate: its best if none is given."""
+    own = [r for r in rows if (r["setting"], r["arm"], r["split"]) == (setting, arm, "test")]
+    if own and rate is None:
+        rate = best_rate(rows, setting, arm)
+    return [row for row in own if float(row["learning_rate"]) == rate]
+
+
+def summarize(rows: list[dict[str, Any]], settings: list[str], arms: list[str], rate: float | None = None) -> Summary:
+    """By setting and arm: for each judge (mean over seeds, its standard error), the seeds and the learning rate (the arm's best if
+    none is given). Arm "none" is the student before, whose error is that over prompts."""
     found: Summary = {}
     for setting in settings:
         for arm in ("none", *arms):
-            own = [r for r in rows if (r["setting"], r["arm"], r["split"]) == (setting, arm, "test")]
+            own = tested(rows, setting, arm, 0.0 if arm == "none" else rate)
             if not own:
                 continue
             means: dict[str, Any] = {"seeds": len(own), "learning_rate": own[0]["learning_rate"]}
@@ -56,9 +66,8 @@ def differences(rows: list[dict[str, Any]], setting: str, arm: str, baseline: st
     """Of each of COMPARED, `arm` less `baseline`: mean over seeds ± standard error. The same seed has the same prompts in the same
     order in both, so that what the seeds have in common cancels."""
     by_seed: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        if (row["setting"], row["split"]) == (setting, "test") and row["arm"] in (arm, baseline):
-            by_seed.setdefault(row["seed"], {})[row["arm"]] = row
+    for row in (*tested(rows, setting, arm), *tested(rows, setting, baseline)):
+        by_seed.setdefault(row["seed"], {})[row["arm"]] = row
     both = [pair for pair in by_seed.values() if len(pair) == 2]
     found = []
     for name in COMPARED:
@@ -88,9 +97,10 @@ def table(summary: Summary, setting: str) -> Table:
     return shown
 
 
-def write_markdown(rows: list[dict[str, Any]], settings: list[str], arms: list[str], path: Path) -> None:
-    """Each setting's table, and what each arm changes against the first of them."""
-    summary = summarize(rows, settings, arms)
+def write_markdown(rows: list[dict[str, Any]], settings: list[str], arms: list[str], high: float, path: Path) -> None:
+    """Each setting's table at the arms' best learning rates, what each arm changes against the first of them, and what becomes of
+    them at the learning rate `high`."""
+    summary, pushed = summarize(rows, settings, arms), summarize(rows, settings, arms, high)
     baseline, *others = arms
     lines = []
     for setting in settings:
@@ -100,68 +110,22 @@ def write_markdown(rows: list[dict[str, Any]], settings: list[str], arms: list[s
             lines.append(
                 f"Of the response tokens that the student samples at first, {shares[0]['tokens_single']:.0%} are in 1:1 units,"
             )
-            lines += [
-                f"{shares[0]['tokens_longer']:.0%} in longer ones. Mean over seeds ± standard error, test prompts:",
-                "",
-            ]
-        lines.append("| arm | " + " | ".join(t for t, _, _ in JUDGES.values()) + " | learning rate |")
-        lines.append("|---" * (len(JUDGES) + 2) + "|")
-        for (own, arm), means in summary.items():
-            if own == setting:
-                lines.append(f"| {title(arm)} | " + " | ".join(cells(means)) + f" | {means['learning_rate']} |")
+            lines.append(f"{shares[0]['tokens_longer']:.0%} in longer ones.")
+        lines += ["Mean over seeds ± standard error, test prompts, each arm at its best learning rate:", ""]
+        lines += _rows(summary, setting)
         lines += ["", f'Less "{title(baseline)}", by seed:', ""]
         lines.append("| arm | " + " | ".join(JUDGES[name][0] for name in COMPARED) + " |")
         lines.append("|---" * (len(COMPARED) + 1) + "|")
         for arm in (arm for arm in others if (setting, arm) in summary):
             lines.append(f"| {title(arm)} | " + " | ".join(differences(rows, setting, arm, baseline)) + " |")
-        lines.append("")
+        lines += ["", f"At learning rate {high:g}, where a collapse shows:", "", *_rows(pushed, setting), ""]
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
-def plot_summary(summary: Summary, settings: list[str], path: Path) -> None:
-    """Each judge of each arm, setting by setting, with its standard error."""
-    arms = list(dict.fromkeys(arm for _, arm in summary))
-    size = (5 * len(COMPARED), (0.6 + 0.28 * len(arms)) * len(settings))
-    figure, axes = pyplot.subplots(len(settings), len(COMPARED), figsize=size, squeeze=False, layout="constrained")
-    for line, setting in zip(axes, settings, strict=True):
-        own = [arm for arm in arms if (setting, arm) in summary]
-        for axis, judge in zip(line, COMPARED, strict=True):
-            means, errors = zip(*(summary[setting, arm][judge] for arm in own), strict=True)
-            colours = [
-                "gray" if arm == "none" else "tab:blue" if arm.startswith("strict") else "tab:orange" for arm in own
-            ]
-            axis.barh(range(len(own)), means, xerr=errors, color=colours, ecolor="black", capsize=2)
-            axis.set_yticks(range(len(own)), [title(arm) for arm in own] if axis is line[0] else [])
-            axis.invert_yaxis()
-            axis.set_title(f"{setting}: {JUDGES[judge][0]}", fontsize=10)
-            axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def plot_curves(curves: list[dict[str, Any]], settings: list[str], arms: list[str], path: Path) -> None:
-    """What a collapse shows in, along training: the test runs' mean over seeds."""
-    shown = {
-        "reverse_kl_per_byte": "reverse KL, nats/byte",
-        "response_whitespace": "white space",
-        "response_length": "response length, tokens",
-        "response_ended": "ended",
-    }
-    figure, axes = pyplot.subplots(
-        len(settings), len(shown), figsize=(4.5 * len(shown), 3 * len(settings)), squeeze=False, layout="constrained"
-    )
-    for line, setting in zip(axes, settings, strict=True):
-        for axis, (name, label) in zip(line, shown.items(), strict=True):
-            for number, arm in enumerate(arms):
-                own = [
-                    r for r in curves if (r["setting"], r["arm"], r["split"]) == (setting, arm, "test") and r.get(name)
-                ]
-                steps = sorted({int(row["step"]) for row in own})
-                means = [mean_with_error([float(r[name]) for r in own if int(r["step"]) == step])[0] for step in steps]
-                style = "-" if number < 10 else "--"
-                axis.plot(steps, means, style, color=f"C{number % 10}", label=title(arm))
-            axis.set_title(f"{setting}: {label}", fontsize=10)
-            axis.grid(alpha=0.3)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+def _rows(summary: Summary, setting: str) -> list[str]:
+    lines = ["| arm | " + " | ".join(t for t, _, _ in JUDGES.values()) + " | learning rate |"]
+    lines.append("|---" * (len(JUDGES) + 2) + "|")
+    for (own, arm), means in summary.items():
+        if own == setting:
+            lines.append(f"| {title(arm)} | " + " | ".join(cells(means)) + f" | {means['learning_rate']} |")
+    return lines
