@@ -49,8 +49,8 @@ def _same_vocabulary(inspection: Inspection) -> Advice | None:
         return None
     return Advice(
         "One vocabulary",
-        f"All units are single and {shared:,} of {max(sizes):,} tokens are shared: the loss is ordinary distillation, for which TRL's "
-        "`DistillationTrainer` is made.",
+        f"All units are single and {shared:,} of {max(sizes):,} tokens are shared: the loss is ordinary distillation, for which "
+        "TRL's `DistillationTrainer` is made.",
     )
 
 
@@ -93,7 +93,7 @@ def _digits(pair: TokenizerPair) -> Advice | None:
         )
     return Advice(
         "Digits are grouped differently: the student's are longer",
-        f"{what} Numbers are longer units: their digits are compared together, by one score for each number's group. Compare "
+        f"{what} A group of digits is one longer unit, with one score a side for all of them. Compare "
         "`--units single` if the task is arithmetic.",
     )
 
@@ -108,9 +108,9 @@ def _longer(inspection: Inspection) -> Advice | None:
         cost = f" A longer unit costs {longer:.3g} nats on average, a single one {single:.3g}."
     return Advice(
         f"{share:.0%} of the response tokens are in longer units",
-        f"That much is lost with `--units single`.{cost} The student's own first token competes with the continuation that holds it: "
-        "`--candidates disjoint` is worth a run beside the default (docs/evidence.md). Watch `tokens/longer` in the log: a student "
-        "also gets closer by avoiding such text.",
+        f"That much is lost with `--units single`.{cost} The student's own first token competes with the continuation that "
+        "holds it: `--candidates disjoint` is worth a run beside the default (docs/evidence.md). Watch "
+        "`tokens/longer` in the log: a student also gets closer by avoiding such text.",
     )
 
 
@@ -142,8 +142,8 @@ def _few_shared(inspection: Inspection) -> Advice | None:
         return None
     return Advice(
         f"Only {share:.0%} of the student's tokens are shared",
-        f"{inspection.coverage.shared:,} of {inspection.student.size:,}: where the teacher's mass lies on others, a unit teaches little. "
-        "Watch `teacher_mass` in the log; `--teacher_mass_floor 0.5` masks such units.",
+        f"{inspection.coverage.shared:,} of {inspection.student.size:,}: where the teacher's mass lies on others, a unit teaches "
+        "little. Watch `teacher_mass` in the log; `--teacher_mass_floor 0.5` masks such units.",
     )
 
 
@@ -164,8 +164,8 @@ def _special_tokens(pair: TokenizerPair, student_tokenizer, teacher_tokenizer) -
     shown = ", ".join(f"`{name}`" for name in same[:6]) + (f" and {len(same) - 6:,} more" if len(same) > 6 else "")
     return Advice(
         f"{len(same):,} special token{'s' * (len(same) != 1)} of one name in both vocabularies, not mapped",
-        f"{shown}: in a response such a token spells nothing, and its unit is dropped. `--special_tokens` as JSON, student's name to "
-        "teacher's, maps those that the student writes.",
+        f"{shown}: in a response such a token spells nothing, and its unit is dropped. `--special_tokens` as JSON, student's name "
+        "to teacher's, maps those that the student writes.",
     )
 
 
@@ -175,6 +175,6 @@ def _lengths(inspection: Inspection) -> Advice | None:
         return None
     return Advice(
         f"{teacher / student:.2f} teacher tokens to one of the student's",
-        f"A response of 1,024 student tokens is about {1024 * teacher / student:,.0f} for the teacher: its context and its memory must "
-        "hold them.",
+        f"A response of 1,024 student tokens is about {1024 * teacher / student:,.0f} for the teacher: its context and its memory "
+        "must hold them.",
     )

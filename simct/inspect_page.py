@@ -4,7 +4,7 @@ escaped, and the page's own policy lets no script run but its own."""
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -56,7 +56,8 @@ def html_page(
         _dropped(inspection),
         _scripts(inspection.scripts),
         "</main>",
-        '<footer>Written by <code>simct</code>. How to read it: docs/inspect.md.</footer><div id="tip" role="tooltip" hidden></div>',
+        "<footer>Written by <code>simct</code>. How to read it: docs/inspect.md.</footer>",
+        '<div id="tip" role="tooltip" hidden></div>',
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -83,6 +84,8 @@ def bucket_names(steps: Sequence[float]) -> list[str]:
 def _header(inspection: Inspection, note: str) -> str:
     student, teacher, coverage = inspection.student, inspection.teacher, inspection.coverage
     total = max(inspection.tokens(), 1)
+    shares = (f"{coverage.shared / side.size:.0%}" for side in (student, teacher))
+    sizes = (f"{coverage.text_bytes / max(n, 1):.2f}" for n in (coverage.student_tokens, coverage.teacher_tokens))
     tiles = [
         ("s", f"{inspection.tokens('single') / total:.1%}", "of the response tokens in single units"),
         ("l", f"{inspection.tokens('longer') / total:.1%}", "in longer units: what SimCT adds"),
@@ -90,11 +93,11 @@ def _header(inspection: Inspection, note: str) -> str:
         (
             "",
             f"{coverage.shared:,}",
-            f"tokens shared: {coverage.shared / student.size:.0%} of the student's, {coverage.shared / teacher.size:.0%} of the teacher's",
+            "tokens shared: {} of the student's, {} of the teacher's".format(*shares),
         ),
         (
             "",
-            f"{coverage.text_bytes / max(coverage.student_tokens, 1):.2f} / {coverage.text_bytes / max(coverage.teacher_tokens, 1):.2f}",
+            " / ".join(sizes),
             "bytes a token, student / teacher",
         ),
     ]
@@ -122,20 +125,8 @@ def _advice(advice: Sequence[Advice]) -> str:
 
 
 def _texts(inspection: Inspection, max_tokens: int) -> str:
-    drawn, left, total = [], max_tokens, inspection.tokens()
-    for answer in inspection.answers:
-        shown = []
-        for stretch in answer.stretches:
-            if len(stretch.student) > left:
-                left = -1  # nothing behind it is drawn either: what is drawn is the beginning
-                break
-            left -= len(stretch.student)
-            shown.append(stretch)
-        if shown:
-            drawn.append((_answer(answer, shown), sum(len(stretch.student) for stretch in shown)))
-        if left < 0:
-            break
-    done = sum(tokens for _, tokens in drawn)
+    drawn, total = inspection.beginning(max_tokens), inspection.tokens()
+    done = sum(len(stretch.student) for _, stretches in drawn for stretch in stretches)
     notice = ""
     if done < total:
         notice = (
@@ -152,16 +143,18 @@ def _texts(inspection: Inspection, max_tokens: int) -> str:
             "".join(f'<span class="chip {letter}{i}">{name}</span>' for i, name in enumerate(bucket_names(steps)))
             for letter, steps in (("q", LOSS_STEPS), ("d", DIFFERENCE_STEPS))
         )
+        marks = '<span class="chip long">longer</span>' + _lost_key()
         views = (
             f"<fieldset><legend>Colour</legend>{choices}</fieldset>"
-            f'<div class="key key-kind">{_kind_key()}</div><div class="key key-loss">{loss} nats{_lost_key()}</div>'
-            f'<div class="key key-difference">student surer {difference} teacher surer, nats a token{_lost_key()}</div>'
+            f'<div class="key key-kind">{_kind_key()}</div><div class="key key-loss">{loss} nats{marks}</div>'
+            f'<div class="key key-difference">student surer {difference} teacher surer, nats a token{marks}</div>'
         )
     return (
         "<h2>The text, cut by both tokenizers</h2>"
-        "<p>Upper line: the student's tokens; lower line: the teacher's. One box is one unit. Point at a box, or reach it with the tab "
-        "and arrow keys, for ids, bytes and scores. <code>·</code> is a space, <code>⏎</code> a line break, <code>\\xf0</code> a byte that "
-        f'is no whole character.</p>{notice}<div class="bar-top">{views}</div>' + "".join(html for html, _ in drawn)
+        "<p>Upper line: the student's tokens; lower line: the teacher's. One box is one unit. Point at a box, or reach it "
+        "with the tab and arrow keys, for ids, bytes and scores. <code>·</code> is a space, <code>⏎</code> a line break, <code>\\xf0</code> "
+        f'a byte that is no whole character.</p>{notice}<div class="bar-top">{views}</div>'
+        + "".join(_answer(answer, stretches) for answer, stretches in drawn)
     )
 
 
@@ -185,11 +178,23 @@ def _answer(answer: InspectedAnswer, shown: Sequence[Stretch]) -> str:
     prompt = ""
     if answer.prompt is not None:
         prompt = f"<details><summary>Prompt</summary><pre>{escape(answer.prompt)}</pre></details>"
-    units = "".join(_stretch(stretch) + ("<br>" if stretch.text.endswith(b"\n") else "") for stretch in shown)
+    units = "".join(_in_lines(shown))
     return (
         f'<section><h3>{escape(answer.title)}</h3><p class="shares">{answer.tokens():,} student tokens: {shares}{loss}</p>{prompt}'
         f'<div class="cut">{units}</div></section>'
     )
+
+
+def _in_lines(shown: Sequence[Stretch]) -> Iterator[str]:
+    """The units, with a new line on the page where the text has one: behind a unit that ends a line, else before one that holds a
+    line break."""
+    for i, stretch in enumerate(shown):
+        ends = stretch.text.endswith(b"\n")
+        if i and b"\n" in stretch.text and not ends:
+            yield "<br>"
+        yield _stretch(stretch)
+        if ends:
+            yield "<br>"
 
 
 def _stretch(stretch: Stretch) -> str:
@@ -250,16 +255,16 @@ def _coverage(inspection: Inspection) -> str:
     for rule, share in coverage.rules.items():
         why = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in share.dropped.items())
         rows.append(
-            f'<tr><th scope="row">{escape(RULES[rule])}</th><td class="n">{share.single:.1%}</td><td class="n">{share.longer:.1%}</td>'
-            f'<td class="n">{share.lost:.1%}</td><td class="wide">{_bar(share.single, share.longer, share.lost)}</td>'
-            f'<td class="wide">{escape(why)}</td></tr>'
+            f'<tr><th scope="row">{escape(RULES[rule])}</th><td class="n">{share.single:.1%}</td>'
+            f'<td class="n">{share.longer:.1%}</td><td class="n">{share.lost:.1%}</td>'
+            f'<td class="wide">{_bar(share.single, share.longer, share.lost)}</td><td class="wide">{escape(why)}</td></tr>'
         )
     return (
         '<h2>What each rule supervises</h2><div class="scroll"><table><thead><tr><th>alignment</th><th class="n">single</th>'
         '<th class="n">longer</th><th class="n">lost</th><th class="wide"></th><th class="wide">why lost</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody><caption>Shares of the {coverage.student_tokens:,} student tokens of {coverage.texts:,} texts "
-        f"({coverage.text_bytes:,} bytes, {coverage.teacher_tokens:,} teacher tokens). Shared vocabulary: {coverage.shared:,} by bytes, "
-        f"{coverage.shared_by_string:,} by string.</caption></table></div>"
+        f"<tbody>{''.join(rows)}</tbody><caption>Shares of the {coverage.student_tokens:,} student tokens of "
+        f"{coverage.texts:,} texts ({coverage.text_bytes:,} bytes, {coverage.teacher_tokens:,} teacher tokens). Shared vocabulary: "
+        f"{coverage.shared:,} by bytes, {coverage.shared_by_string:,} by string.</caption></table></div>"
     )
 
 
@@ -294,8 +299,8 @@ def _dropped(inspection: Inspection) -> str:
     if not dropped:
         return "<h2>What was dropped, and why</h2><p>Nothing: every student token is in a unit.</p>"
     rows = "".join(
-        f'<tr><th scope="row">{escape(reason.replace("_", " "))}</th><td class="n">{count:,}</td><td class="n">{count / total:.1%}</td>'
-        f"<td>{escape(REASONS[reason])}</td></tr>"
+        f'<tr><th scope="row">{escape(reason.replace("_", " "))}</th><td class="n">{count:,}</td>'
+        f'<td class="n">{count / total:.1%}</td><td>{escape(REASONS[reason])}</td></tr>'
         for reason, count in dropped.items()
     )
     return (

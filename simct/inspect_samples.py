@@ -14,7 +14,7 @@ from simct.unit_scores import score_samples
 
 def page_path(folder: str, prefix: str, step: int) -> Path:
     """`inspect-STEP.html`, with the data set's name in it where an evaluation has several (the metrics' prefix says it)."""
-    name = re.sub(r"[^\w.-]", "_", re.sub("^eval_?", "", prefix))
+    name = _file_name(re.sub("^eval_?", "", prefix))
     return Path(folder) / f"inspect-{f'{name}-' if name else ''}{step}.html"
 
 
@@ -34,11 +34,16 @@ def draw_samples(trainer, samples: Samples, path: Path) -> None:
             continue
         sides = (trainer.processing_class, scorer.teacher.tokenizer)
         inspection = inspect_answers(scorer.pair, *sides, own)
-        target = (
-            path if len(trainer.scorers) == 1 else path.with_name(f"{path.stem}-{re.sub(r'[^\\w.-]', '_', name)}.html")
+        several = len(trainer.scorers) > 1
+        target = path.with_name(f"{path.stem}-{_file_name(name)}.html") if several else path
+        note = (
+            f"The first {len(samples)} responses of the evaluation at step {trainer.state.global_step}, temperature 1."
         )
-        note = f"The first {len(samples)} responses of the evaluation at step {trainer.state.global_step}, at temperature 1."
         write_page(target, inspection, advise(inspection, scorer.pair, *sides, own), note=note)
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]", "_", text)
 
 
 def _text(prompt) -> str:

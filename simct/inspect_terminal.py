@@ -49,24 +49,12 @@ def _show(token: Token) -> str:
 
 def _cut(inspection: Inspection, width: int) -> Text:
     """The beginning of the texts, unit above unit; with scores, coloured by loss."""
-    parts, left = [], DRAWN_TOKENS
-    for answer in inspection.answers:
-        stretches = []
-        for stretch in answer.stretches:
-            if len(stretch.student) > left:
-                left = -1
-                break
-            left -= len(stretch.student)
-            stretches.append(stretch)
-        if stretches:
-            parts += [Text(answer.title, style="bold"), *_lines(stretches, width)]
-        if left < 0:
-            break
-    drawn, total = DRAWN_TOKENS - max(left, 0), inspection.tokens()
-    if left < 0:
-        parts.append(
-            Text(f"The first {drawn:,} of {total:,} student tokens, or a few less; --html draws them.", style="dim")
-        )
+    parts, drawn, total = [], 0, inspection.tokens()
+    for answer, stretches in inspection.beginning(DRAWN_TOKENS):
+        parts += [Text(answer.title, style="bold"), *_lines(stretches, width)]
+        drawn += sum(len(stretch.student) for stretch in stretches)
+    if drawn < total:
+        parts.append(Text(f"The first {drawn:,} of {total:,} student tokens; --html draws more.", style="dim"))
     if inspection.scored:
         legend = Text("loss in nats: ")
         for name, style in zip(bucket_names(LOSS_STEPS), HEAT, strict=True):

@@ -132,6 +132,22 @@ class Inspection:
         """Student tokens of all answers, of one kind or all."""
         return sum(answer.tokens(kind) for answer in self.answers)
 
+    def beginning(self, tokens: int) -> list[tuple[InspectedAnswer, list[Stretch]]]:
+        """The answers as far as so many student tokens go, in whole stretches."""
+        found, left = [], tokens
+        for answer in self.answers:
+            stretches = []
+            for stretch in answer.stretches:
+                left -= len(stretch.student)
+                if left < 0:
+                    break
+                stretches.append(stretch)
+            if stretches:
+                found.append((answer, stretches))
+            if left < 0:
+                break
+        return found
+
     def dropped(self) -> dict[str, int]:
         """Student tokens without supervision by reason, the most frequent first."""
         counts = Counter(r for answer in self.answers for s in answer.stretches for r in s.reasons)

@@ -26,8 +26,8 @@ SCRIPTS = (*dict.fromkeys(_NAMES.values()), OTHER, SEVERAL, DIGITS, PUNCTUATION,
 def script_of(piece: bytes | None) -> str:
     """One of SCRIPTS, for the bytes of a token; None is a special token.
 
-    Letters decide, with their marks; without any a token is digits, then punctuation and symbols, then white space. Bytes that are no
-    whole characters are "pieces of characters".
+    Letters decide, with their marks; without any a token is digits, then punctuation and symbols, then white space. Bytes that are
+    no whole characters are "pieces of characters".
     """
     if piece is None:
         return SPECIAL
