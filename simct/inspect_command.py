@@ -132,7 +132,7 @@ def _scored(options: argparse.Namespace, texts: dict[str, str]):
     from simct.loading import load_model
     from simct.prompts import render_prompt
     from simct.teacher import LocalTeacher
-    from simct.unit_scores import score_text
+    from simct.unit_scores import score_answer
 
     pair, sides, answers = _aligned(options, texts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -143,14 +143,9 @@ def _scored(options: argparse.Namespace, texts: dict[str, str]):
     teacher = LocalTeacher(load_model(options.teacher, "teacher", dtype=dtype), sides[1])
     teacher.place(device)
     given = ("", "text") if options.prompt is None else (options.prompt, options.prompt_format or "auto")
-    prompts = [render_prompt(given[0], side, given[1]) for side in sides]
+    prompts = tuple(render_prompt(given[0], side, given[1]) for side in sides)
     with console.status("scoring"):
         answers = [
-            replace(
-                answer,
-                prompt=options.prompt,
-                scored=score_text(student, teacher, pair, answer.student_ids, answer.teacher_ids, *prompts),
-            )
-            for answer in answers
+            score_answer(student, teacher, pair, replace(answer, prompt=options.prompt), prompts) for answer in answers
         ]
     return pair, sides, answers

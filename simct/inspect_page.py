@@ -135,9 +135,10 @@ def _texts(inspection: Inspection, max_tokens: int) -> str:
         )
     views = '<div class="key only">' + _kind_key() + "</div>"
     if inspection.scored:
+        named = {"loss": "loss", "difference": "teacher less student", "kind": "kind of unit"}
         choices = "".join(
-            f'<label><input type="radio" name="view" id="view-{name}"{" checked" if name == "loss" else ""}>{text}</label>'
-            for name, text in (("loss", "loss"), ("difference", "teacher less student"), ("kind", "kind of unit"))
+            f'<label><input type="radio" name="view" id="view-{name}"{" checked" * (name == "loss")}>{text}</label>'
+            for name, text in named.items()
         )
         loss, difference = (
             "".join(f'<span class="chip {letter}{i}">{name}</span>' for i, name in enumerate(bucket_names(steps)))
@@ -152,7 +153,8 @@ def _texts(inspection: Inspection, max_tokens: int) -> str:
     return (
         "<h2>The text, cut by both tokenizers</h2>"
         "<p>Upper line: the student's tokens; lower line: the teacher's. One box is one unit. Point at a box, or reach it "
-        "with the tab and arrow keys, for ids, bytes and scores. <code>·</code> is a space, <code>⏎</code> a line break, <code>\\xf0</code> "
+        "with the tab and arrow keys, for ids, bytes and scores. <code>·</code> is a space, <code>⏎</code> a line break, "
+        "<code>\\xf0</code> "
         f'a byte that is no whole character.</p>{notice}<div class="bar-top">{views}</div>'
         + "".join(_answer(answer, stretches) for answer, stretches in drawn)
     )

@@ -1,13 +1,16 @@
 """Both models' scores of the units of responses, and the units' losses: what an inspection draws as a heat map."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from simct.checks import context_length
+from simct.collector import Scorer
 from simct.hidden import PackedSequences, forward_through, response_hidden_states
 from simct.inspection import Answer, Scored
-from simct.micro_batches import split
+from simct.micro_batches import MicroBatch, split
 from simct.objectives import Rows, unit_loss
 from simct.pair import Alignment, TokenizerPair
 from simct.samples import Samples
@@ -30,63 +33,59 @@ def unit_scores(student: Rows, teacher: Rows, units: Alignment, losses: Tensor) 
 
 
 @torch.no_grad()
-def score_text(
+def score_answer(
     student: PreTrainedModel,
     teacher: LocalTeacher,
     pair: TokenizerPair,
-    student_ids: list[int],
-    teacher_ids: list[int],
-    student_prompt: list[int],
-    teacher_prompt: list[int],
-) -> Scored:
-    """The units of one response behind a prompt, scored by both models with the default options of the loss.
+    answer: Answer,
+    prompts: tuple[list[int], list[int]],
+) -> Answer:
+    """An answer with its units scored by both models, with the default options of the loss.
 
-    The prompts hold at least one token. ValueError for a text that is longer than a model's context.
+    `prompts`: what student and teacher read before it, at least one token each. ValueError for an answer that does not fit a
+    model's context behind them.
     """
-    sides = (("student", student, student_prompt, student_ids), ("teacher", teacher.model, teacher_prompt, teacher_ids))
-    for name, model, prompt, ids in sides:
+    sides = (("student", student, answer.student_ids), ("teacher", teacher.model, answer.teacher_ids))
+    for (name, model, ids), prompt in zip(sides, prompts, strict=True):
         if len(prompt) + len(ids) - 1 > context_length(model):
             raise ValueError(
-                f"the text has {len(ids):,} {name} tokens behind a prompt of {len(prompt):,}: expected at most "
-                f"{context_length(model):,} for the {name}'s context"
+                f"{answer.title!r} has {len(ids):,} {name} tokens, behind a prompt of {len(prompt):,}: expected at most "
+                f"{context_length(model):,} in the {name}'s context"
             )
-    device = student.device
-    packed = PackedSequences.build([student_prompt], [student_ids]).to(device)
+    packed = PackedSequences.build([prompts[0]], [answer.student_ids]).to(student.device)
     ours = (response_hidden_states(student, packed), LMHead.from_model(student))
-    theirs = (teacher.hidden_states([teacher_prompt], [teacher_ids]), teacher.head)
-    units = pair.align(student_ids, teacher_ids)
-    _, losses = linear_simct_loss(*ours, *theirs, units.to(device), pair.shared.to(device), return_unit_losses=True)
-    return unit_scores(ours, theirs, units, losses)
+    theirs = (teacher.hidden_states([prompts[1]], [answer.teacher_ids]), teacher.head)
+    units = pair.align(answer.student_ids, answer.teacher_ids)
+    rows = (*ours, *theirs, units.to(student.device), pair.shared.to(student.device))
+    _, losses = linear_simct_loss(*rows, return_unit_losses=True)
+    return replace(answer, units=units, scored=unit_scores(ours, theirs, units, losses))
 
 
 @torch.no_grad()
 def score_samples(trainer, samples: Samples) -> list[Answer]:
     """Samples of a `SimCTTrainer` with their units under the run's own objective, in order, its student in evaluation mode.
 
-    Every process must call it, with as many samples or not: sharded models are gathered in it.
+    Every process must call it, also one without samples: sharded models are gathered in it.
     """
     args, answers = trainer.args, []
-    batches = [
-        batch
-        for i in range(len(samples))
-        for batch in split(samples.pick([i]), trainer.layout, None, trainer.default_teacher)
-    ]
+    one_by_one = [samples.pick([i]) for i in range(len(samples))]
+    batches = [b for one in one_by_one for b in split(one, trainer.layout, None, trainer.default_teacher)]
     batches = trainer.as_many_everywhere([batches])[0]
     trainer._score(batches)
     student = trainer.accelerator.unwrap_model(trainer.model)
     for batch in batches:
-        scorer, units = trainer.scorers[batch.teacher], batch.alignment
+        scorer = trainer.scorers[batch.teacher]
         theirs = (batch.teacher_hidden, scorer.teacher.head)
-        lengths = batch.samples.response_lengths
 
-        def compute(batch=batch, scorer=scorer, units=units, theirs=theirs, lengths=lengths) -> Scored:
-            ours = trainer.student_rows(student, batch.packed)
-            _, losses = unit_loss(ours, theirs, units.to(args.device), lengths, scorer, args)
+        def compute(batch: MicroBatch = batch, scorer: Scorer = scorer, theirs: Rows = theirs) -> Scored:
+            ours, units = trainer.student_rows(student, batch.packed), batch.alignment.to(args.device)
+            _, losses = unit_loss(ours, theirs, units, batch.samples.response_lengths, scorer, args)
             return unit_scores(ours, theirs, units, losses)
 
         scored = forward_through(trainer.model_wrapped, student, compute)
         if not batch.samples:  # another process had more
             continue
+        units = batch.alignment
         if args.teacher_mass_floor is not None:  # a masked unit has no loss at all
             kept = scored.loss != 0
             units, scored = units.select(kept), Scored(scored.student[kept], scored.teacher[kept], scored.loss[kept])
