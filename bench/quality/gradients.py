@@ -12,6 +12,7 @@ On responses that the student samples, one row of the CSV for each `score` and `
 And, the same in every row:
     extending_mass: the probability that the teacher gives, at the first row of a single unit, to tokens that go on where the
         student's token ends: events that the student's token stands for and the teacher's equal one does not.
+    extending_mass_digits: the same where the student's token is a digit or several.
 Errors (`_stderr`) are over units, as if they were independent, or over batches.
 """
 
@@ -102,8 +103,13 @@ def measure(options: argparse.Namespace, console: Console) -> list[dict[str, Any
     batches = [rolled_out(trainer, batch) for batch in track(batches, "responses", console=console)]
     parts = [part for batch in batches for part in batch]
     extensions = Extensions(token_bytes(trainer.teacher.tokenizer))
-    mass, error = mean_with_error([value for part in parts for value in extending_mass(part, trainer, extensions)])
-    common = {"extending_mass": mass, "extending_mass_stderr": error}
+    found = [pair for part in parts for pair in extending_mass(part, trainer, extensions)]
+    common = {}
+    for name, values in (
+        ("extending_mass", [mass for _, mass in found]),
+        ("extending_mass_digits", [mass for piece, mass in found if piece.strip().isdigit()]),
+    ):
+        common[name], common[f"{name}_stderr"] = mean_with_error(values)
     rows = []
     # One option and one batch at a time: each holds two gradients of the student's size.
     for score, candidates in track(OPTIONS, "gradients", console=console):
@@ -201,13 +207,13 @@ class Extensions:
         return self.ids[bisect_right(self.texts, piece) : bisect_left(self.texts, piece + b"\xff" * 256)]
 
 
-def extending_mass(part: MicroBatch, trainer: SimCTTrainer, extensions: Extensions) -> list[float]:
-    """Of each single unit: the teacher's probability of the tokens that begin with the student's token and are longer."""
+def extending_mass(part: MicroBatch, trainer: SimCTTrainer, extensions: Extensions) -> list[tuple[bytes, float]]:
+    """Of each single unit: the student's token, and the teacher's probability of the tokens that begin with it and are longer."""
     units = part.alignment.single()
     pieces = trainer.pair.student_pieces(units.student_tokens[units.student_start].tolist())
     logits = teacher_logits(part, trainer)
     return [
-        float(logits[row].softmax(0)[extensions.of(piece)].sum())
+        (piece, float(logits[row].softmax(0)[extensions.of(piece)].sum()))
         for piece, row in zip(pieces, units.teacher_start.tolist(), strict=True)
         if piece
     ]
