@@ -17,11 +17,16 @@ try:
 except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["Alignment", "LocalTeacher", "SimCTConfig", "SimCTTrainer", "TokenizerPair", "token_bytes"]
+__all__ = ["Alignment", "LocalTeacher", "ServedTeacher", "SimCTConfig", "SimCTTrainer", "TokenizerPair", "token_bytes"]
 
 
 # The trainer pulls in accelerate and half of transformers: only who asks for it waits for it.
-_LATER = {"LocalTeacher": "simct.teacher", "SimCTConfig": "simct.config", "SimCTTrainer": "simct.trainer"}
+_LATER = {
+    "LocalTeacher": "simct.teacher",
+    "ServedTeacher": "simct.served_teacher",
+    "SimCTConfig": "simct.config",
+    "SimCTTrainer": "simct.trainer",
+}
 
 
 def __getattr__(name: str) -> Any:
