@@ -11,7 +11,7 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 LATER = (408, 429, 500, 502, 503, 504)
@@ -72,6 +72,7 @@ class RetryingClient:
             )
         self._httpx = httpx
         self.base_url, self.timeout, self.patience = base_url.rstrip("/"), timeout, patience
+        self._reading = threading.Lock()
         self.interruptions = 0  # requests that met no server, or lost it on the way
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -85,10 +86,11 @@ class RetryingClient:
         route: str,
         body: Mapping[str, Any] | None = None,
         *,
+        read: Callable[[Any], Any] = lambda answer: answer,
         patience: float | None = None,
         cancelled: threading.Event | None = None,
     ) -> Any:
-        """The JSON that a route answers.
+        """What `read` makes of the JSON that a route answers. One answer is read at a time: as Python objects they are large.
 
         Raises Refused for a status that is final; PermissionError for 401 and 403; ConnectionError, TimeoutError or RuntimeError,
         by the last failure, when `patience` (default: the client's) is used up; Cancelled once `cancelled` is set.
@@ -100,7 +102,7 @@ class RetryingClient:
             if cancelled.is_set():
                 raise Cancelled
             try:
-                return self._once(method, self.base_url + route, body)
+                return self._once(method, self.base_url + route, body, read)
             except _Later as failure:
                 now = time.monotonic()
                 deadline = now + patience if deadline is None else deadline
@@ -116,7 +118,7 @@ class RetryingClient:
                 logger.log(level, "%s; once more in %.1f seconds", failure, delay)
             cancelled.wait(delay)
 
-    def _once(self, method: str, url: str, body) -> Any:
+    def _once(self, method: str, url: str, body, read: Callable[[Any], Any]) -> Any:
         httpx, started = self._httpx, time.monotonic()
         try:
             with self._http.stream(method, url, json=body) as answer:
@@ -142,10 +144,12 @@ class RetryingClient:
             raise PermissionError(f"{url} answered {answer.status_code}: {_message(content)}")
         if answer.status_code != 200:
             raise Refused(url, answer.status_code, _message(content))
-        try:
-            return json.loads(content)
-        except ValueError as error:  # cut short, by something that did not say how long it would be
-            raise _Later(f"{url} answered what is no whole JSON ({error})", RuntimeError) from error
+        with self._reading:
+            try:
+                found = json.loads(content)
+            except ValueError as error:  # cut short, by something that did not say how long it would be
+                raise _Later(f"{url} answered what is no whole JSON ({error})", RuntimeError) from error
+            return read(found)
 
 
 class _Later(Exception):

@@ -77,8 +77,7 @@ class ServedModel:
     ) -> Scores:
         """Raises ValueError for what the server refuses; PermissionError, ConnectionError, TimeoutError or RuntimeError if it does
         not answer, or answers what is no score of these tokens; Cancelled once `cancelled` is set."""
-        answer = self._ask(prompt, response, k, cancelled=cancelled)
-        return self.format.scores(answer, prompt, response, k, self.size)
+        return self._ask(prompt, response, k, cancelled=cancelled)
 
     def check_same(self) -> None:
         """After a lost connection: the server may have been started anew, with something else. ValueError if it was."""
@@ -95,11 +94,21 @@ class ServedModel:
 
     # ---- Requests ----
 
-    def _ask(self, prompt: Sequence[int], response: Sequence[int], k: int, texts: bool = False, **options) -> Any:
+    def _ask(
+        self, prompt: Sequence[int], response: Sequence[int], k: int, *, texts: dict | None = None, **options
+    ) -> Scores:
+        """`texts`: filled with the server's own text of each token in its answer."""
         prompt, response = ([int(token) for token in ids] for ids in (prompt, response))
+
+        def read(answer: Any) -> Scores:
+            scores = self.format.scores(answer, prompt, response, k, self.size)
+            if texts is not None:
+                texts.update(self.format.texts(answer))
+            return scores
+
         try:
-            body = self.format.request(self.name, prompt, response, k, texts)
-            return self._client.call("POST", self.format.route, body, **options)
+            body = self.format.request(self.name, prompt, response, k, texts is not None)
+            return self._client.call("POST", self.format.route, body, read=read, **options)
         except Refused as error:
             raise ValueError(self._explained(error, len(prompt) + len(response), k)) from error
         except PermissionError as error:
@@ -172,17 +181,15 @@ class ServedModel:
         """Log-probabilities of a fixed text."""
         ids = list(self._tokenizer(PROBE, add_special_tokens=False)["input_ids"])
         ids = ids[: int(min(self.max_model_len - 1, len(ids)))]  # a server with a short context
-        answer = self._ask(ids[:1], ids[1:], self._top_k, patience=patience)
-        return self.format.scores(answer, ids[:1], ids[1:], self._top_k, self.size).token_logprobs
+        return self._ask(ids[:1], ids[1:], self._top_k, patience=patience).token_logprobs
 
     def _check_spelling(self, patience: float) -> None:
         """Tokens from all over the vocabulary, its last one among them, must have the local tokenizer's texts."""
         ordinary = [i for i, piece in enumerate(self._pieces) if piece]
         count = int(min(SPREAD, self.max_model_len - 1))
         ids = [ordinary[round(i * (len(ordinary) - 1) / (count - 1))] for i in range(count)]
-        answer = self._ask(ids[:1], ids[1:], self._top_k, texts=True, patience=patience)
-        self.format.scores(answer, ids[:1], ids[1:], self._top_k, self.size)
-        texts = self.format.texts(answer)
+        texts: dict[int, str] = {}
+        self._ask(ids[:1], ids[1:], self._top_k, texts=texts, patience=patience)
         if not any(texts.get(token) for token in ids[1:]):
             raise ValueError(f"{self.base_url} does not say its tokens' texts: its tokenizer cannot be compared")
         for token, theirs in texts.items():

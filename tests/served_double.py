@@ -3,6 +3,7 @@
 `tests/data/vllm-0.32-answers.json` holds answers of a real vLLM, which `test_served_teacher` compares this one's with.
 """
 
+import functools
 import json
 import threading
 import time
@@ -23,6 +24,7 @@ class Double:
         self.model, self.tokenizer, self.kind, self.name = model.eval(), tokenizer, kind, name
         self.max_logprobs, self.key, self.tokenize, self.delay = max_logprobs, key, tokenize, delay
         self.asked, self._lock = [], threading.Lock()
+        self.text = functools.cache(lambda token: tokenizer.decode([token]))
 
     def answer(self, method, route, body, authorization):
         self.asked.append((route, body))
@@ -78,7 +80,7 @@ class Double:
             row |= {int(i): (float(v), r) for r, (v, i) in enumerate(zip(*best, strict=True), start=1)}
             rows.append(
                 {
-                    str(i): {"logprob": max(v, -9999.0), "rank": r, "decoded_token": self.tokenizer.decode([i])}
+                    str(i): {"logprob": max(v, -9999.0), "rank": r, "decoded_token": self.text(i)}
                     for i, (v, r) in row.items()
                 }
             )
@@ -95,7 +97,7 @@ class Double:
         texts = body.get("return_text_in_logprobs", False)
 
         def entry(value, token):
-            return [value, token, self.tokenizer.decode([token]) if texts else None]
+            return [value, token, self.text(token) if texts else None]
 
         own, top = [entry(None, ids[start])], [None]
         for token, logprobs in zip(ids[start + 1 :], self._logprobs(ids)[start:], strict=True):
