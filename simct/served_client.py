@@ -73,7 +73,7 @@ class RetryingClient:
         self._httpx = httpx
         self.base_url, self.timeout, self.patience = base_url.rstrip("/"), timeout, patience
         self._reading = threading.Lock()
-        self.interruptions = 0  # requests that met no server, or lost it on the way
+        self.interruptions = 0  # failures after which the server may be another one: all but 429
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0), pool=None),
@@ -104,6 +104,7 @@ class RetryingClient:
             try:
                 return self._once(method, self.base_url + route, body, read)
             except _Later as failure:
+                self.interruptions += not failure.busy
                 now = time.monotonic()
                 deadline = now + patience if deadline is None else deadline
                 attempt += 1
@@ -128,18 +129,17 @@ class RetryingClient:
                     if time.monotonic() - started > self.timeout:  # httpx's own limit is for each read
                         raise httpx.ReadTimeout("the answer comes too slowly")
         except httpx.TimeoutException as error:
-            self.interruptions += isinstance(error, httpx.ConnectTimeout)
             raise _Later(f"{url} did not answer within {self.timeout:g} seconds", TimeoutError) from error
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise ValueError(f"base_url is {self.base_url!r}: {error}") from error
         except (httpx.TransportError, httpx.DecodingError) as error:
             if _certificate_failed(error):
                 raise ConnectionError(f"{url} has no certificate that this machine trusts: {error}") from error
-            self.interruptions += 1
             raise _Later(f"no whole answer from {url} ({error or type(error).__name__})", ConnectionError) from error
         if answer.status_code in LATER:
             after = _seconds(answer.headers.get("Retry-After"))
-            raise _Later(f"{url} answered {answer.status_code}: {_message(content)}", RuntimeError, after)
+            busy = answer.status_code == 429
+            raise _Later(f"{url} answered {answer.status_code}: {_message(content)}", RuntimeError, after, busy)
         if answer.status_code in (401, 403):
             raise PermissionError(f"{url} answered {answer.status_code}: {_message(content)}")
         if answer.status_code != 200:
@@ -153,11 +153,11 @@ class RetryingClient:
 
 
 class _Later(Exception):
-    """A failure that may pass. `kind`: the exception that it is if it does not."""
+    """A failure that may pass. `kind`: the exception that it is if it does not; `busy`: the server is there, and well."""
 
-    def __init__(self, message: str, kind: type[Exception], retry_after: float = 0.0) -> None:
+    def __init__(self, message: str, kind: type[Exception], retry_after: float = 0.0, busy: bool = False) -> None:
         super().__init__(message)
-        self.kind, self.retry_after = kind, retry_after
+        self.kind, self.retry_after, self.busy = kind, retry_after, busy
 
 
 def _seconds(header: str | None) -> float:

@@ -80,7 +80,7 @@ class ServedModel:
         return self._ask(prompt, response, k, cancelled=cancelled)
 
     def check_same(self) -> None:
-        """After a lost connection: the server may have been started anew, with something else. ValueError if it was."""
+        """After a failed request: the server may have been started anew, with something else. ValueError if it was."""
         met = self._client.interruptions
         if met == self._met:
             return
@@ -195,7 +195,7 @@ class ServedModel:
         for token, theirs in texts.items():
             if (
                 token >= self.size or not self._pieces[token]
-            ):  # a head may have rows for no token; special ones may have no text
+            ):  # filling of the head; a special token, which may have no text
                 continue
             ours = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
             # Bytes that are no character alone have no text to compare, and white space depends on what stands beside it.

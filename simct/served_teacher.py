@@ -32,8 +32,8 @@ class ServedTeacher:
     """Scores responses through a server. A client of one model, for `SimCTTrainer` and for `topk_simct_loss`.
 
     A request that fails in a way that may pass (no connection, a broken or late answer, 429, 500, 502, 503, 504) is sent again, at
-    longer and longer intervals, for `patience` seconds: a run outlives a server's restart. A server that was out of reach is asked
-    again whether it is the same model. What cannot be scored is an error; nothing is left out.
+    longer and longer intervals, for `patience` seconds: a run outlives a server's restart. After any of them but 429 the server's
+    model is looked at again. What cannot be scored is an error; nothing is left out.
 
     Args:
         base_url: "http://HOST:PORT", without "/v1".
