@@ -9,6 +9,7 @@ from simct.tokens import token_bytes
 
 if TYPE_CHECKING:
     from simct.config import SimCTConfig
+    from simct.served_teacher import ServedTeacher
     from simct.teacher import LocalTeacher
     from simct.trainer import SimCTTrainer
 

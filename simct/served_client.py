@@ -174,9 +174,9 @@ def _seconds(header: str | None) -> float:
         return 0.0
 
 
-def _message(content: bytes) -> str:
+def _message(content: bytearray) -> str:
     """The server's own words, on one line: what a server says is data, and goes into logs."""
-    text = bytes(content).decode("utf-8", "replace")
+    text = content.decode("utf-8", "replace")
     try:
         found = json.loads(text)
         found = found.get("error", found)

@@ -104,7 +104,7 @@ class SGLang:
         return {entry[1]: entry[2] for entry in found if entry[2] is not None}
 
 
-FORMATS = {"vllm": VLLM, "sglang": SGLang}
+FORMATS: dict[str, type[VLLM] | type[SGLang]] = {"vllm": VLLM, "sglang": SGLang}
 
 
 class Table:

@@ -197,7 +197,7 @@ class ServedModel:
                 token >= self.size or not self._pieces[token]
             ):  # filling of the head; a special token, which may have no text
                 continue
-            ours = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            ours = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
             # Bytes that are no character alone have no text to compare, and white space depends on what stands beside it.
             comparable = "\N{REPLACEMENT CHARACTER}" not in ours + theirs and theirs
             if comparable and "".join(ours.split()) != "".join(theirs.split()):

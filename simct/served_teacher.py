@@ -118,15 +118,21 @@ class ServedTeacher:
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], k: int) -> list[Scores]:
         """One for each response, in order, with its k best. Errors as `rows`."""
         self._check_ids(prompts, responses)
-        found: list[Scores | None] = [None] * len(responses)
+        found: dict[int, Scores] = {}
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             if not response:
                 found[i] = Scores(np.empty((0, k), np.int32), np.empty((0, k), np.float32), np.empty(0, np.float32))
             elif self.cache is not None:
-                found[i] = self.cache.get(prompt, response, k)
-        missing = [i for i, scores in enumerate(found) if scores is None]
-        if not missing:
-            return found
+                kept = self.cache.get(prompt, response, k)
+                if kept is not None:
+                    found[i] = kept
+        missing = [i for i in range(len(responses)) if i not in found]
+        if missing:
+            self._ask(missing, found, prompts, responses, k)
+        return [found[i] for i in range(len(responses))]
+
+    def _ask(self, missing: list[int], found: dict[int, Scores], prompts, responses, k: int) -> None:
+        """Fills `found` with those that are missing, all of them."""
         cancelled = threading.Event()
         pool = ThreadPoolExecutor(min(self.concurrency, len(missing)), thread_name_prefix="simct-teacher")
         try:
@@ -142,7 +148,6 @@ class ServedTeacher:
         if self.cache is not None:
             for i in missing:
                 self.cache.put(prompts[i], responses[i], k, found[i])
-        return found
 
     def _packed(self, parts: list[np.ndarray], empty: tuple[int, ...], dtype) -> Tensor:
         packed = np.concatenate([np.empty(empty, dtype), *parts], axis=0)
