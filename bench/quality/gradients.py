@@ -127,7 +127,7 @@ def measure(options: argparse.Namespace, console: Console) -> list[dict[str, Any
 
 
 def teacher_logits(part: MicroBatch, trainer: SimCTTrainer) -> Tensor:
-    return trainer.teacher.head.logits(part.teacher_hidden)
+    return trainer.teacher.head.logits(part.teacher_rows[0])
 
 
 def rolled_out(trainer: SimCTTrainer, records: list[dict]) -> list[MicroBatch]:
