@@ -16,7 +16,7 @@ setup(
     packages=find_packages(include=["simct", "simct.*", "simct_kernels", "simct_kernels.*"]),
     package_data={
         "simct_kernels": ["py.typed"],
-        "simct": ["py.typed", "recipes/*/*.yaml"],
+        "simct": ["py.typed", "recipes/*/*.yaml", "page/*"],
         "simct.demo": ["assets/*", "assets/*/*"],
     },
     install_requires=[

@@ -4,19 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from simct import inspect_command
 from simct.options import UsageError, console, errors, with_option_files
 from simct.train_command import RunArguments, train
 
 __all__ = ["RunArguments", "UsageError", "main", "with_option_files"]
-
-# What `simct inspect` measures without --text: prose, code and mathematics, as students write them.
-SAMPLES = (
-    "Distillation teaches a small model what a larger one knows. The two need not cut words alike: unhappiness, "
-    "micro-services and na\u00efve caf\u00e9s are spelled by different pieces on either side.",
-    'def mean(values: list[float]) -> float:\n    """Arithmetic mean."""\n    if not values:\n'
-    "        raise ValueError('empty')\n    return sum(values) / len(values)\n",
-    "Let x = 12345. Then 3x + 7 = 37042, so (3x + 7) / 2 = 18521 and \\frac{x}{5} = 2469.\n\n\\boxed{18521}",
-)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,9 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     commands.add_parser("train", help="distil any teacher into any student (simct train --help)", add_help=False)
 
     inspect = commands.add_parser("inspect", help="what a teacher's tokenizer can supervise of a student's text")
-    inspect.add_argument("student", help="folder or hub name of the student (its tokenizer is enough)")
-    inspect.add_argument("teacher", help="folder or hub name of the teacher (its tokenizer is enough)")
-    inspect.add_argument("--text", type=Path, help="UTF-8 text to measure; built-in samples if not given")
+    inspect_command.add_arguments(inspect)
 
     recipes = commands.add_parser("recipes", help="the paper's three pairs, step by step, as option files")
     recipes.add_argument("name", nargs="?", help="print this recipe's path (trl sft --config $(simct recipes NAME))")
@@ -62,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise UsageError(error) from error
             run_demo(options.output, steps=options.steps, seed=options.seed, console=console)
         elif options.command == "inspect":
-            inspect_pair(options.student, options.teacher, options.text)
+            inspect_command.inspect(options)
         elif options.command == "recipes":
             show_recipes(options.name)
         elif options.command == "answers":
@@ -113,35 +103,6 @@ def answers(argv: list[str]) -> None:
     for name, count in counts.items():
         console.print(f"{name.replace('_', ' ')}: {count:,}", highlight=False)
     console.print(f"answers: {arguments.output}", highlight=False)
-
-
-def inspect_pair(student: str, teacher: str, text: Path | None) -> None:
-    from transformers import AutoTokenizer, GenerationConfig
-
-    from simct.display import coverage_table, cut_text, pair_table
-    from simct.pair import TokenizerPair
-
-    def generation_config(name: str) -> GenerationConfig | None:
-        try:
-            return GenerationConfig.from_pretrained(name)
-        except OSError:  # a folder with only a tokenizer
-            return None
-
-    try:
-        sides = [AutoTokenizer.from_pretrained(name) for name in (student, teacher)]
-        pair = TokenizerPair(
-            *sides,
-            student_generation_config=generation_config(student),
-            teacher_generation_config=generation_config(teacher),
-        )
-        texts = list(SAMPLES) if text is None else [p for p in text.read_text("utf-8").split("\n\n") if p.strip()]
-        if not texts:
-            raise ValueError(f"text file {str(text)!r} is empty")
-    except (ValueError, OSError) as error:
-        raise UsageError(error) from error
-    console.print(pair_table(pair, *sides))
-    console.print(coverage_table(pair.coverage(texts)))
-    console.print(cut_text(pair.cut(texts[0][:400]), console.width), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -142,6 +142,9 @@ class SimCTConfig(TrainingArguments):
     # Evaluation
     eval_num_generations: int = option(1, "Graded answers to each held-out prompt with an `answer`.")
     eval_temperature: float = option(0.0, "Their sampling temperature; 0 is greedy.")
+    inspect_samples: int = option(
+        0, "Responses of each evaluation that are drawn with both models' scores, as inspect-STEP.html."
+    )
 
     # Models given as paths
     model_init_kwargs: dict | str | None = option(
@@ -189,6 +192,8 @@ class SimCTConfig(TrainingArguments):
         for name in "num_generations", "num_iterations", "eval_num_generations":
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if self.inspect_samples < 0:
+            raise ValueError(f"inspect_samples is {self.inspect_samples}: expected at least 0")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise ValueError(f"max_tokens_per_batch is {self.max_tokens_per_batch}: expected at least 1, or none")
         if self.kv_cache_gb is not None and not self.kv_cache_gb > 0:

@@ -3,12 +3,14 @@
 import itertools
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
 from simct.collector import numbered_seed
+from simct.inspect_samples import draw_samples
 from simct.metrics import ratio_with_standard_error
 from simct.micro_batches import split
 from simct.samples import Samples, log_ratios
@@ -83,8 +85,8 @@ def grade(trainer, records: list[dict[str, Any]], seed: int) -> list[list[bool]]
     ]
 
 
-def measure(trainer, dataset) -> dict[str, float]:
-    """All of it, over all processes. Keys without a prefix."""
+def measure(trainer, dataset, page: Path | None = None) -> dict[str, float]:
+    """All of it, over all processes. Keys without a prefix. `page`: where to draw the first `inspect_samples` responses."""
     started = time.perf_counter()
     args = trainer.args
     records = [dataset[i] for i in range(args.process_index, len(dataset), args.world_size)]
@@ -94,6 +96,8 @@ def measure(trainer, dataset) -> dict[str, float]:
     student.eval()
     try:
         rows, graded = score(trainer, samples), grade(trainer, records, numbered_seed(args.seed, 0, args.process_index))
+        if page is not None:
+            draw_samples(trainer, samples.pick(list(range(min(args.inspect_samples, len(samples))))), page)
     finally:
         student.train(training)
     if trainer.accelerator.num_processes > 1:

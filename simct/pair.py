@@ -140,12 +140,20 @@ class TokenizerPair:
         """
         return self._align(student_ids, teacher_ids, self.alignment, disjoint)
 
+    def encode_student(self, texts: Iterable[str]) -> list[list[int]]:
+        """The student's ids for texts as it would write them: no special token but the end-of-turn that closes each."""
+        return [[*ids, self.end_pair[0]] for ids in self._student.encoder(list(texts))]
+
     def coverage(self, texts: Iterable[str]) -> Coverage:
         """What the teacher would supervise if the student answered with these texts, each closed by the end-of-turn."""
         texts = list(texts)
-        student_end, teacher_end = self.end_pair
-        student = [[*ids, student_end] for ids in self._student.encoder(texts)]
-        teacher = self.encode_teacher(student)
+        student = self.encode_student(texts)
+        found = self.coverage_of(student, self.encode_teacher(student))
+        return replace(found, text_bytes=sum(len(text.encode()) for text in texts))
+
+    def coverage_of(self, student_ids: Sequence[Ids], teacher_ids: Sequence[Ids]) -> Coverage:
+        """What the teacher would supervise of a batch of responses; `texts` of the result counts them."""
+        student, teacher = list(student_ids), list(teacher_ids)
         total = sum(map(len, student))
 
         student_tokens, teacher_tokens = self._student.tokens(), self._teacher.tokens()
@@ -160,14 +168,19 @@ class TokenizerPair:
                 rules["simpleopd"] = RuleCoverage.count(one, 0, total, {k: v for k, v in dropped.items() if v})
             rules[rule] = RuleCoverage.count(one, longer, total, units.dropped)
         return Coverage(
-            texts=len(texts),
-            text_bytes=sum(len(text.encode()) for text in texts),
+            texts=len(student),
+            text_bytes=sum(len(piece or b"") for ids in student for piece in self.student_pieces(ids)),
             student_tokens=total,
             teacher_tokens=sum(map(len, teacher)),
             shared=len(self.shared.student_ids),
             shared_by_string=shared_by_string(student_tokens, teacher_tokens),
             rules=rules,
         )
+
+    def reasons(self, student_ids: Ids, teacher_ids: Ids) -> list[str | None]:
+        """Why each student token of one response is in no unit (see `Alignment`), None for one that is in a unit."""
+        _, reason = self._align_rows([student_ids], [teacher_ids], self.alignment, False)
+        return [None if i < 0 else _REASONS[i] for i in reason.tolist()]
 
     def match_strings(self, student_ids: Ids, teacher_ids: Ids) -> list[tuple[int, int]]:
         """The pairs of positions in one response that SimpleOPD's public code compares: it walks over token strings, without
@@ -225,6 +238,10 @@ class TokenizerPair:
         return SharedVocabulary(student_ids.contiguous(), teacher_ids.contiguous())
 
     def _align(self, student_batch, teacher_batch, alignment: str, disjoint: bool) -> Alignment:
+        return self._align_rows(student_batch, teacher_batch, alignment, disjoint)[0]
+
+    def _align_rows(self, student_batch, teacher_batch, alignment: str, disjoint: bool) -> tuple[Alignment, np.ndarray]:
+        """The aligned units, and int64 [N_s]: for a student row in no unit why (of _REASONS), else -1."""
         if len(student_batch) != len(teacher_batch):
             raise ValueError(f"{len(student_batch)} student responses, but {len(teacher_batch)} of the teacher's")
         student, teacher = self._student.pack(student_batch), self._teacher.pack(teacher_batch)
@@ -242,9 +259,10 @@ class TokenizerPair:
 
         covered = _cover(len(student.ids), units[0], units[1])
         dropped = {}
+        reason = np.full(len(student.ids), -1)
         if not covered.all():
             special = _count(student.special, lost[0], lost[1]) + _count(teacher.special, lost[2], lost[3]) > 0
-            reason = np.full(len(student.ids), _TEXT_DIFFERS)
+            reason[:] = _TEXT_DIFFERS
             reason[_cover(len(reason), lost[0][~special], lost[1][~special])] = _INVALID
             reason[_cover(len(reason), lost[0][special], lost[1][special])] = _SPECIAL
             if tail.any():
@@ -257,6 +275,7 @@ class TokenizerPair:
                 reason[stop + ended : student.rows[r + 1]] = _AFTER_END
             reason[invalid] = _INVALID
             reason[student.special] = _SPECIAL
+            reason[covered] = -1
             counts = np.bincount(reason[~covered], minlength=len(_REASONS))
             dropped = {name: int(count) for name, count in zip(_REASONS, counts, strict=True) if count}
 
@@ -264,7 +283,7 @@ class TokenizerPair:
         if disjoint:
             left_out = torch.from_numpy(self._left_out(student.ids, teacher.ids, units))
         student_start, student_length, teacher_start, teacher_length = map(torch.from_numpy, units)
-        return Alignment(
+        aligned = Alignment(
             student_start,
             student_length,
             teacher_start,
@@ -274,6 +293,7 @@ class TokenizerPair:
             left_out=left_out,
             dropped=dropped,
         )
+        return aligned, reason
 
     def _left_out(self, student_ids: np.ndarray, teacher_ids: np.ndarray, units: Units) -> np.ndarray:
         """int64 [E, 2], (unit, shared token) whose bytes overlap with the unit's continuation."""

@@ -27,6 +27,7 @@ from simct.config import SimCTConfig
 from simct.engines import build_engine
 from simct.faults import is_out_of_memory, release_memory, report_nonfinite
 from simct.hidden import Layout, PackedSequences, forward_through, response_hidden_states, under_autocast
+from simct.inspect_samples import page_path
 from simct.loading import Teacher, load_model, load_teachers, load_tokenizer, with_adapter
 from simct.micro_batches import MicroBatch, empty, split
 from simct.objectives import supervised_units, unit_loss
@@ -393,7 +394,10 @@ class SimCTTrainer(Checkpoints, Trainer):
         checks.check_datasets(None, dataset)
         if self.is_in_train:  # an evaluation between two logs is no part of their training time
             self.recorder.close_window(self.state.global_step)
-        metrics = evaluation.measure(self, dataset)
+        page = None
+        if self.args.inspect_samples:
+            page = page_path(self.args.output_dir, metric_key_prefix, self.state.global_step)
+        metrics = evaluation.measure(self, dataset, page)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.recorder.start_window(self.state.global_step)
         self.log(dict(metrics))
