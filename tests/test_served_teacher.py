@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from inspect_html import Page
 from served_answers import CONTEXT, LIMIT, REQUESTS, assert_same, read
 from served_contract import VOCABULARY, ServedContract, assert_rows, local, samples  # noqa: F401
 from served_double import MAX_MODEL_LEN, Double, serving
@@ -354,8 +355,9 @@ def run(output, **options):
 
 
 def test_a_run_with_a_served_teacher_is_the_run_with_a_local_one(tmp_path, url, tokenizer_folder):
-    local_log = run(tmp_path / "local")  # noqa: F811
-    served = run(tmp_path / "served", teacher=tokenizer_folder, teacher_url=url, teacher_top_k=VOCABULARY)
+    local_log = run(tmp_path / "local", inspect_samples=2)  # noqa: F811
+    options = {"teacher": tokenizer_folder, "teacher_url": url, "teacher_top_k": VOCABULARY}
+    served = run(tmp_path / "served", **options, inspect_samples=2)
     steps = [[row for row in log if "loss" in row] for log in (local_log, served)]
     assert len(steps[0]) == 3
     for ours, theirs in zip(*steps, strict=True):
@@ -366,6 +368,13 @@ def test_a_run_with_a_served_teacher_is_the_run_with_a_local_one(tmp_path, url, 
     evaluations = [[row for row in log if "eval_reverse_kl_per_byte" in row] for log in (local_log, served)]
     for ours, theirs in zip(*evaluations, strict=True):
         assert ours["eval_reverse_kl_per_byte"] == pytest.approx(theirs["eval_reverse_kl_per_byte"], rel=1e-3)
+    pages = [Page((tmp_path / name / "inspect-3.html").read_text("utf-8")) for name in ("local", "served")]
+    units = [[unit for text in page.texts for unit in text] for page in pages]
+    assert len(units[0]) > 4
+    for ours, theirs in zip(*units, strict=True):
+        assert ours.rows == theirs.rows and ours.kind == theirs.kind
+        if ours.kind != "unsupervised":
+            assert ours.loss == pytest.approx(theirs.loss, abs=2e-3)
 
 
 def test_a_run_with_few_log_probabilities_says_how_much_it_sees(tmp_path, url, tokenizer_folder):
