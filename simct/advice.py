@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from simct.display import show_bytes
+from simct.display import printable, show_bytes
 from simct.inspection import Answer, Inspection
 from simct.pair import TokenizerPair
 
@@ -161,7 +161,9 @@ def _special_tokens(pair: TokenizerPair, student_tokenizer, teacher_tokenizer) -
     )
     if not same:
         return None
-    shown = ", ".join(f"`{name}`" for name in same[:6]) + (f" and {len(same) - 6:,} more" if len(same) > 6 else "")
+    shown = ", ".join(f"`{printable(name)}`" for name in same[:6]) + (
+        f" and {len(same) - 6:,} more" if len(same) > 6 else ""
+    )
     return Advice(
         f"{len(same):,} special token{'s' * (len(same) != 1)} of one name in both vocabularies, not mapped",
         f"{shown}: in a response such a token spells nothing, and its unit is dropped. `--special_tokens` as JSON, student's name "

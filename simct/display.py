@@ -23,6 +23,11 @@ def show_bytes(piece: bytes | None) -> str:
     if piece is None:
         return "<special>"
     text = piece.decode("utf-8", errors="backslashreplace").replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """Text on one line, escapes for what is not printable: a token's name, say, may hold line breaks and terminal codes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -40,7 +45,7 @@ def pair_table(pair: TokenizerPair, student, teacher) -> Table:
     )
     for role, tokenizer, ends in sides:
         size = len(tokenizer)
-        names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ends)
+        names = ", ".join(f"{printable(tokenizer.convert_ids_to_tokens(i))} ({i})" for i in ends)
         table.add_row(
             Text(f"{role} {Path(tokenizer.name_or_path).name}"),
             f"{size:,}",

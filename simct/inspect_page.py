@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from simct.advice import Advice
-from simct.display import RULES
+from simct.display import RULES, printable
 from simct.files import replaced
 from simct.inspection import REASONS, InspectedAnswer, Inspection, ScriptRow, Stretch, Token, Vocabulary
 
@@ -115,7 +115,7 @@ def _header(inspection: Inspection, note: str) -> str:
 
 
 def _vocabulary(role: str, vocabulary: Vocabulary) -> str:
-    ends = ", ".join(f"<code>{escape(token.name)}</code> ({token.id})" for token in vocabulary.ends)
+    ends = ", ".join(f"<code>{escape(printable(token.name))}</code> ({token.id})" for token in vocabulary.ends)
     return f"{role}: {vocabulary.size:,} tokens, a response ends with {ends}."
 
 
@@ -219,17 +219,15 @@ def _token(token: Token) -> str:
 def _visible(token: Token) -> str:
     """A token's bytes as HTML: stand-ins for blanks, and escapes for what is not printable, in `<i>`."""
     if token.piece is None:
-        return f'<i class="special">{escape(token.name)}</i>'
+        return f'<i class="special">{escape(printable(token.name))}</i>'
     shown = []
     for character in token.piece.decode("utf-8", "surrogateescape"):
         if "\udc80" <= character <= "\udcff":
             shown.append((True, f"\\x{ord(character) - 0xDC00:02x}"))
         elif character in _STANDS_FOR:
             shown.append((True, _STANDS_FOR[character]))
-        elif character.isprintable():
-            shown.append((False, escape(character)))
         else:
-            shown.append((True, character.encode("unicode_escape").decode()))
+            shown.append((not character.isprintable(), escape(printable(character))))
     return re.sub("</i><i>", "", "".join(f"<i>{text}</i>" if stands else text for stands, text in shown))
 
 
@@ -242,7 +240,7 @@ def describe(stretch: Stretch) -> str:
     for role, side in (("student", stretch.student), ("teacher", stretch.teacher)):
         for token in side:
             spelled = "special" if token.piece is None else token.piece.hex(" ")
-            lines.append(f"{role} {token.id}  {token.name}  {spelled}")
+            lines.append(f"{role} {token.id}  {printable(token.name)}  {spelled}")
     for reason in dict.fromkeys(stretch.reasons):
         lines.append(f"without supervision: {REASONS[reason]}")
     if stretch.score is not None:

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from simct.advice import Advice
-from simct.display import STYLES, coverage_table, show_bytes
+from simct.display import STYLES, coverage_table, printable, show_bytes
 from simct.inspect_page import LOSS_STEPS, bucket, bucket_names
 from simct.inspection import REASONS, Inspection, Stretch, Token
 
@@ -44,7 +44,7 @@ def _parts(console: Console, inspection: Inspection, advice: Sequence[Advice]) -
 
 
 def _show(token: Token) -> str:
-    return token.name if token.piece is None else show_bytes(token.piece)
+    return printable(token.name) if token.piece is None else show_bytes(token.piece)
 
 
 def _cut(inspection: Inspection, width: int) -> Text:

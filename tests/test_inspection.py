@@ -3,12 +3,14 @@
 import base64
 import hashlib
 import inspect
+import io
 import re
 from collections import Counter
 
 import pytest
 import torch
 from inspect_html import Page
+from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -16,6 +18,7 @@ from bench import texts
 from bench.texts import spell
 from simct.advice import advise
 from simct.inspect_page import LOSS_STEPS, bucket, bucket_names, html_page
+from simct.inspect_terminal import print_inspection
 from simct.inspection import REASONS, Answer, Scored, inspect_answers
 from simct.pair import TokenizerPair
 from simct.scripts import SCRIPTS, script_of
@@ -85,7 +88,7 @@ def test_every_token_and_byte_is_on_the_page_once(request, names):
             assert unit.kind == ("single" if len(unit.rows[0]) == len(unit.rows[1]) == 1 else "longer")
             for token, piece, _ in unit.rows[0] + unit.rows[1]:
                 spelled = piece.hex(" ") if piece else "special"
-                assert re.search(rf" {token}  .*  {spelled}$", unit.title, re.MULTILINE | re.DOTALL)
+                assert re.search(rf" {token}  .*  {spelled}$", unit.title, re.MULTILINE)
     share = inspection.coverage.rules["simct"].longer
     assert f"{share:.1%}" in page.words
     # Both tokenizers' pieces of a character are seen as bytes, blanks by stand-ins.
@@ -115,6 +118,20 @@ def test_nothing_from_a_text_or_a_tokenizer_is_markup():
     (policy,) = (a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a)
     digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+
+
+def test_a_name_of_a_token_forges_no_line():
+    name = "<a\nloss 0 nats\x1b[31m\u202e>"
+    student, teacher = byte_level([], ["<eos>", name]), byte_level([], ["<eos>", name])
+    ids = [97, student.convert_tokens_to_ids(name), 98]
+    pair, answers, inspection, page = looked_at((student, teacher), ids)
+    (unit,) = (unit for unit in page.texts[0] if unit.kind == "unsupervised")
+    assert "\nloss" not in unit.title and "\x1b" not in unit.title and "\u202e" not in unit.title
+    assert len(unit.title.splitlines()) == 3  # what it is, its one token, why
+    console = Console(width=200, file=io.StringIO())
+    print_inspection(console, inspection, advise(inspection, pair, student, teacher, answers))
+    output = console.file.getvalue()
+    assert "<a\\nloss 0 nats\\x1b[31m\\u202e>" in output and not {"\x1b", "\u202e"} & set(output)
 
 
 def test_what_is_without_supervision_is_shown_with_its_reason():
