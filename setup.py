@@ -47,6 +47,7 @@ setup(
             "lightning>=2.4",  # with TRL's trainers: the examples
             "math-verify[antlr4_11_0]>=0.8",
             "requests>=2.31",  # the client of a vLLM server, against servers of the tests' own
+            "httpx>=0.27",  # the client of a served teacher
             "gguf>=0.10",  # a quantised teacher's file
             'bitsandbytes>=0.49; platform_system == "Linux"',  # QLoRA; its 4 bits run on a CPU, too
             "lm-eval[hf]>=0.4.13",  # simct eval
@@ -70,6 +71,7 @@ setup(
         "peft": ["peft>=0.17"],
         "qlora": ["peft>=0.17", "bitsandbytes>=0.46"],
         "vllm": ["vllm>=0.32", "requests>=2.31"],
+        "served": ["httpx>=0.27"],  # a teacher behind a vLLM or SGLang server
     },
     entry_points={"console_scripts": ["simct = simct.cli:main"]},
 )

@@ -18,6 +18,7 @@ MODULES = (
     "simct.padded",
     "simct.pair",
     "simct.rollout",
+    "simct.served_teacher",
     "simct.teacher",
     "simct.trainer",
     "simct_kernels",
@@ -28,6 +29,7 @@ SECTIONS = {  # the first option of each: the order is that of SimCTConfig
     "prompt_format": "Prompts",
     "max_tokens_per_batch": "Memory and speed",
     "beta": "Objective",
+    "teacher_url": "A teacher behind a server",
     "eval_num_generations": "Evaluation",
     "model_init_kwargs": "Models given as paths",
 }

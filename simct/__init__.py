@@ -9,6 +9,7 @@ from simct.tokens import token_bytes
 
 if TYPE_CHECKING:
     from simct.config import SimCTConfig
+    from simct.served_teacher import ServedTeacher
     from simct.teacher import LocalTeacher
     from simct.trainer import SimCTTrainer
 
@@ -17,11 +18,16 @@ try:
 except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["Alignment", "LocalTeacher", "SimCTConfig", "SimCTTrainer", "TokenizerPair", "token_bytes"]
+__all__ = ["Alignment", "LocalTeacher", "ServedTeacher", "SimCTConfig", "SimCTTrainer", "TokenizerPair", "token_bytes"]
 
 
 # The trainer pulls in accelerate and half of transformers: only who asks for it waits for it.
-_LATER = {"LocalTeacher": "simct.teacher", "SimCTConfig": "simct.config", "SimCTTrainer": "simct.trainer"}
+_LATER = {
+    "LocalTeacher": "simct.teacher",
+    "ServedTeacher": "simct.served_teacher",
+    "SimCTConfig": "simct.config",
+    "SimCTTrainer": "simct.trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -93,11 +93,11 @@ def check_record(record: dict, student: nn.Module, render, scorers: dict, config
             raise ValueError(f"field 'teacher' is {name!r}: expected one of {', '.join(map(repr, scorers))}")
         name = next(iter(scorers))
     scorer = scorers[name]
-    for side, model, renderer, budget in (
-        ("student", student, render, config.max_new_tokens),
-        ("teacher", scorer.teacher.model, scorer.render, 1),
+    for side, limit, renderer, budget in (
+        ("student", context_length(student), render, config.max_new_tokens),
+        ("teacher", scorer.teacher.context_length, scorer.render, 1),
     ):
-        tokens, limit = len(renderer(record)), context_length(model)
+        tokens = len(renderer(record))
         if tokens + budget > limit:
             raise ValueError(
                 f"the prompt has {tokens} {side} tokens, with max_new_tokens={config.max_new_tokens} too many for "

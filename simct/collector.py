@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from simct.checks import context_length
 from simct.config import PREFIX_OBJECTIVES, SimCTConfig
 from simct.data import reference_answer
 from simct.metrics import PhaseTimer
@@ -16,6 +15,7 @@ from simct.pair import TokenizerPair
 from simct.renderer import Renderer
 from simct.rollout import Response, RolloutEngine, Sampling, cut_at_stop_string
 from simct.samples import Sample, Samples
+from simct.served_teacher import ServedTeacher
 from simct.teacher import LocalTeacher
 from simct_kernels import LMHead, PrefixTables, SharedVocabulary
 
@@ -24,7 +24,7 @@ from simct_kernels import LMHead, PrefixTables, SharedVocabulary
 class Scorer:
     """One teacher, its tokenizer's pairing with the student's, and how its prompts are rendered."""
 
-    teacher: LocalTeacher
+    teacher: LocalTeacher | ServedTeacher
     pair: TokenizerPair
     shared: SharedVocabulary  # on the device of the loss
     render: Renderer
@@ -32,7 +32,11 @@ class Scorer:
 
     @classmethod
     def build(
-        cls, teacher: LocalTeacher, student: PreTrainedModel, student_render: Renderer, args: SimCTConfig
+        cls,
+        teacher: LocalTeacher | ServedTeacher,
+        student: PreTrainedModel,
+        student_render: Renderer,
+        args: SimCTConfig,
     ) -> "Scorer":
         """ValueError for tokenizers that cannot be paired, or a template of the teacher that drops the prompt."""
         pair = TokenizerPair(
@@ -41,7 +45,7 @@ class Scorer:
             args.special_tokens,
             alignment=args.alignment,
             student_generation_config=student.generation_config,
-            teacher_generation_config=teacher.model.generation_config,
+            teacher_generation_config=teacher.generation_config,
             student_vocabulary_size=student.get_output_embeddings().weight.shape[0],
             chat=args.prompt_format != "text",
         )
@@ -153,7 +157,7 @@ class Collector:
         for name, scorer in self.scorers.items():
             members = [i for i, own in enumerate(names) if own == name]
             encoded = scorer.pair.encode_teacher([responses[i].token_ids for i in members]) if members else []
-            limit = context_length(scorer.teacher.model)
+            limit = scorer.teacher.context_length
             for i, ids in zip(members, encoded, strict=True):
                 # What does not fit the teacher's context is unsupervised, and counted so.
                 found[i] = ids if limit == float("inf") else ids[: max(0, int(limit) - len(prompts[i]) + 1)]

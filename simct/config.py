@@ -128,6 +128,17 @@ class SimCTConfig(TrainingArguments):
         None, "Rows of logits that the loss holds at a time; chosen by device if not given."
     )
 
+    # A teacher behind a server
+    teacher_url: dict | str | None = option(
+        None,
+        "The teacher is served there, http://host:port (vLLM or SGLang), and `teacher` names its tokenizer; of several teachers, "
+        "addresses by name, as JSON.",
+    )
+    teacher_top_k: int = option(64, "A served teacher's log-probabilities of each row; at most its server's limit.")
+    teacher_server_kwargs: dict | str | None = option(
+        None, "More options of ServedTeacher, as JSON: timeout, patience, wait, concurrency, cache_dir, model_name ..."
+    )
+
     # Evaluation
     eval_num_generations: int = option(1, "Graded answers to each held-out prompt with an `answer`.")
     eval_temperature: float = option(0.0, "Their sampling temperature; 0 is greedy.")
@@ -156,6 +167,8 @@ class SimCTConfig(TrainingArguments):
             "teacher_model_init_kwargs",
             "chat_template_kwargs",
             "teacher_chat_template_kwargs",
+            "teacher_url",
+            "teacher_server_kwargs",
         ):
             setattr(self, name, from_json(name, getattr(self, name)))
         if self.special_tokens != "auto" and not isinstance(self.special_tokens, dict):
@@ -206,6 +219,8 @@ class SimCTConfig(TrainingArguments):
         self.sampling(end_ids=(0,), pad_id=0)  # checks its own settings
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}: expected at least 1, or none")
+        if self.teacher_top_k < 1:
+            raise ValueError(f"teacher_top_k is {self.teacher_top_k}: expected at least 1")
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns is True: expected False, the trainer renders the prompt columns itself"

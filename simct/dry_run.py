@@ -21,6 +21,7 @@ from simct.loading import SOURCE
 from simct.memory import RESERVE, MemoryEstimate, device_memory, estimate, fits, memory_table
 from simct.pair import TokenizerPair
 from simct.prompts import prompt_of, read_prompts, render_prompt
+from simct.served_teacher import check_objective
 
 MEASURED_PROMPTS = 1000  # of which the longest is the length to be expected
 COVERAGE_PROMPTS = 200
@@ -65,7 +66,11 @@ def describe(
     records = read_prompts(run.data)
     student = meta_model(run.student, "student", {"dtype": torch.float32, **(config.model_init_kwargs or {})})
     dtype = torch.float32 if config.device.type == "cpu" and assume_memory_gb is None else torch.bfloat16
-    teacher = meta_model(run.teacher, "teacher", {"dtype": dtype, **(config.teacher_model_init_kwargs or {})})
+    teacher = None  # behind a server: its tokenizer alone is here
+    if config.teacher_url:
+        check_objective(config)
+    else:
+        teacher = meta_model(run.teacher, "teacher", {"dtype": dtype, **(config.teacher_model_init_kwargs or {})})
     tokenizers = [_tokenizer(run.student, "student"), _tokenizer(run.teacher, "teacher")]
     pair = TokenizerPair(
         *tokenizers,
@@ -165,11 +170,12 @@ def numbers_of(
         offload_teacher=bool(_get(config, "offload_teacher", False)),
         device_type="cpu" if on_cpu else "cuda",
         objective=_get(config, "objective", "simct"),
+        teacher_top_k=_get(config, "teacher_top_k", 64),
     )
 
 
 def changes_that_fit(
-    student: nn.Module, teacher: nn.Module, numbers: Mapping[str, Any], available: int
+    student: nn.Module, teacher: nn.Module | None, numbers: Mapping[str, Any], available: int
 ) -> list[str] | None:
     """Options of `simct train` that bring the estimate below the memory, the cheapest first and none that does not help; None
     if all of them together do not."""
@@ -239,12 +245,16 @@ def _verdict(memory: MemoryEstimate, available: int, changes: list[str] | None) 
     return Text(text, style="bold red")
 
 
-def _notes(config, student: nn.Module, teacher: nn.Module) -> list[str]:
+def _notes(config, student: nn.Module, teacher: nn.Module | None) -> list[str]:
     notes = []
+    if teacher is None:
+        notes.append(f"The teacher is served at {config.teacher_url}: its memory is not counted, and it was not asked.")
     for role, model, options in (
         ("student", student, config.model_init_kwargs),
         ("teacher", teacher, config.teacher_model_init_kwargs),
     ):
+        if model is None:
+            continue
         if getattr(model.config, "quantization_config", None) or "quantization_config" in (options or {}):
             notes.append(f"The {role} is quantised: its weights take less than is counted here.")
     if config.fsdp:

@@ -14,7 +14,6 @@ from simct.inspect_samples import draw_samples
 from simct.metrics import ratio_with_standard_error
 from simct.micro_batches import split
 from simct.samples import Samples, log_ratios
-from simct_kernels import token_statistics
 
 
 @dataclass(frozen=True)
@@ -36,15 +35,11 @@ def score(trainer, samples: Samples) -> list[Scored]:
         batches += split(chosen, trainer.layout, args.max_tokens_per_batch, trainer.default_teacher)
     for batch in trainer.as_many_everywhere([batches])[0]:
         part, scorer = batch.samples, trainer.scorers[batch.teacher]
-        student_tokens, teacher_tokens = (
-            torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int64, device=args.device)
-            for ids in (part.student_responses, part.teacher_responses)
-        )
-        logprob = trainer.student_logprobs(batch, student_tokens)
+        tokens = list(itertools.chain.from_iterable(part.student_responses))
+        ours = trainer.student_logprobs(batch, torch.tensor(tokens, dtype=torch.int64, device=args.device))
         with scorer.teacher.on_device():
-            hidden = scorer.teacher.hidden_states(part.teacher_prompts, part.teacher_responses)
-        theirs = token_statistics(hidden, scorer.teacher.head, teacher_tokens)
-        ratios, lengths = log_ratios(scorer.pair, part, logprob, theirs.logprob)
+            theirs = scorer.teacher.token_logprobs(part.teacher_prompts, part.teacher_responses)
+        ratios, lengths = log_ratios(scorer.pair, part, ours, theirs)
         rows += [
             Scored(ratio, length, len(response.token_ids), response.finish_reason != "length")
             for ratio, length, response in zip(ratios, lengths, part.responses, strict=True)

@@ -86,7 +86,7 @@ class MemoryEstimate:
 
 def estimate(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     *,
     batch_tokens: int,
     prompt_tokens: int,
@@ -102,12 +102,13 @@ def estimate(
     offload_teacher: bool = False,
     device_type: str = "cuda",
     objective: str = "simct",
+    teacher_top_k: int = 64,
 ) -> MemoryEstimate:
     """The bytes of each part of a run.
 
     Args:
         student, teacher: models, on any device ("meta" costs nothing); what of the student is trained is read from
-            `requires_grad`, so that a PEFT model counts as what it is.
+            `requires_grad`, so that a PEFT model counts as what it is. A teacher behind a server is None.
         batch_tokens: prompt and response tokens of one forward and backward pass, padding included.
         prompt_tokens, response_tokens: of one sequence, the longest to be expected: attention scores, the cache and the share
             of a batch's rows that the loss reads depend on them.
@@ -119,6 +120,7 @@ def estimate(
         shared_tokens: K, the smaller vocabulary if not given.
         chunk_rows: as `linear_simct_loss`; by device if not given.
         objective: as `SimCTConfig.objective`.
+        teacher_top_k: log-probabilities of each row, of a served teacher.
     Raises:
         ValueError: a count below 1.
     """
@@ -136,7 +138,14 @@ def estimate(
     cache_dtype = rollout_dtype or compute
     layer = layer_bytes(student, sequence_tokens, dtype, compute)
     cache = kv_cache_bytes_of(student, sequence_tokens, cache_dtype.itemsize) * rollouts
-    teacher_dtype = next(p.dtype for p in teacher.parameters() if p.is_floating_point())
+    teacher_weights = teacher_working = 0
+    row_bytes = teacher_top_k * (8 + 4) + 4  # ids, their log-probabilities, the token's
+    if teacher is not None:
+        teacher_dtype = next(p.dtype for p in teacher.parameters() if p.is_floating_point())
+        teacher_weights = weight_bytes(teacher)
+        # A forward without a graph holds a layer's input and output, and its attention or its feed-forward tensors.
+        teacher_working = batch_tokens * layer_bytes(teacher, sequence_tokens, teacher_dtype, teacher_dtype) // 2
+        row_bytes = _config(teacher).hidden_size * teacher_dtype.itemsize
     return MemoryEstimate(
         student_weights=weight_bytes(student),
         gradients=sum(p.numel() * p.element_size() for p in trained),
@@ -149,10 +158,9 @@ def estimate(
         ),
         # What a backward makes of a layer's tensors; with checkpointing, after making the tensors themselves again.
         working=batch_tokens * layer * (2 if gradient_checkpointing else 1),
-        teacher_weights=weight_bytes(teacher),
-        # A forward without a graph holds a layer's input and output, and its attention or its feed-forward tensors.
-        teacher_working=batch_tokens * layer_bytes(teacher, sequence_tokens, teacher_dtype, teacher_dtype) // 2,
-        teacher_hidden=rollouts * response_tokens * _config(teacher).hidden_size * teacher_dtype.itemsize,
+        teacher_weights=teacher_weights,
+        teacher_working=teacher_working,
+        teacher_hidden=rollouts * response_tokens * row_bytes,
         student_hidden=rows * _config(student).hidden_size * compute.itemsize,
         loss=loss_bytes(student, teacher, rows, compute, shared_tokens, chunk_rows, device_type, objective),
         offload_teacher=offload_teacher,
@@ -249,7 +257,7 @@ def kv_cache_bytes_of(model: nn.Module, tokens: int, itemsize: int) -> int:
 
 def loss_bytes(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     rows: int,
     compute: torch.dtype,
     shared_tokens: int | None,
@@ -260,7 +268,12 @@ def loss_bytes(
     """What `linear_simct_loss` holds: float32 chunks of both sides' logits and of the gradient, float32 gradients of hidden rows
     and head, both heads' rows of the shared vocabulary, and the gradient of the student's. The other objectives know no shared
     rows, and hold more matrices of a smaller chunk."""
-    ours, theirs = (model.get_output_embeddings().weight for model in (student, teacher))
+    ours = student.get_output_embeddings().weight
+    if teacher is None:  # `topk_simct_loss`: no head of the teacher, no shared rows kept
+        limit = _AUTO_ELEMENTS.get(device_type, _AUTO_ELEMENTS_ELSEWHERE)
+        chunk = min((chunk_rows or max(1, limit // len(ours))), rows) * len(ours)
+        return 4 * (3 * chunk + (ours.numel() if ours.requires_grad else 0) + rows * ours.shape[1])
+    theirs = teacher.get_output_embeddings().weight
     shared = shared_tokens or min(len(ours), len(theirs))
     columns = max(len(ours), len(theirs))
     limit = _AUTO_ELEMENTS.get(device_type, _AUTO_ELEMENTS_ELSEWHERE)

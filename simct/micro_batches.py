@@ -5,11 +5,10 @@ A budget changes how the work is cut, never its result: the loss is a sum over s
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from simct.hidden import Layout, PackedSequences, first_fit
 from simct.pair import Alignment
 from simct.samples import Samples
+from simct.teacher import Rows, ServedRows
 
 
 @dataclass
@@ -20,7 +19,7 @@ class MicroBatch:
     packed: PackedSequences
     teacher: str
     alignment: Alignment | None = None
-    teacher_hidden: Tensor | None = None  # [N_t, H_t]
+    teacher_rows: Rows | ServedRows | None = None  # [N_t]
 
     @classmethod
     def build(cls, samples: Samples, layout: Layout, teacher: str) -> "MicroBatch":

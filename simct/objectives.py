@@ -12,10 +12,9 @@ from simct.config import SimCTConfig
 from simct.faults import is_out_of_memory, release_memory
 from simct.memory import WHOLE_ROWS
 from simct.pair import Alignment
-from simct_kernels import AlignedUnits, LMHead, alm_loss, bpm_loss, escd_loss, linear_simct_loss, uld_loss
+from simct.teacher import Rows, ServedRows
+from simct_kernels import AlignedUnits, alm_loss, bpm_loss, escd_loss, linear_simct_loss, topk_simct_loss, uld_loss
 from simct_kernels.torch_plan import auto_rows
-
-Rows = tuple[Tensor, LMHead]  # hidden rows [N, H] and the head that they belong to
 
 
 def supervised_units(
@@ -35,7 +34,12 @@ def supervised_units(
 
 
 def unit_loss(
-    student: Rows, teacher: Rows, units: AlignedUnits, lengths: list[int], scorer: Scorer, args: SimCTConfig
+    student: Rows,
+    teacher: Rows | ServedRows,
+    units: AlignedUnits,
+    lengths: list[int],
+    scorer: Scorer,
+    args: SimCTConfig,
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of the run's objective, and the units' losses [G], detached.
 
@@ -63,7 +67,7 @@ def unit_loss(
         ) from error
 
 
-def _auto_rows(student: Rows, teacher: Rows, objective: str) -> int:
+def _auto_rows(student: Rows, teacher: Rows | ServedRows, objective: str) -> int:
     """What chunk_rows="auto" meant: of more matrices at once, fewer rows."""
     columns = student[1].weight.shape[0]
     if objective in WHOLE_ROWS:
@@ -71,12 +75,15 @@ def _auto_rows(student: Rows, teacher: Rows, objective: str) -> int:
     return auto_rows(columns, student[0].device)
 
 
-def _compute(student: Rows, teacher: Rows, units, lengths, scorer: Scorer, args: SimCTConfig, chunk_rows: int | None):
+def _compute(student: Rows, teacher, units, lengths, scorer: Scorer, args: SimCTConfig, chunk_rows: int | None):
     rows = "auto" if chunk_rows is None else chunk_rows
-    given = (*student, *teacher, units)
     if args.objective == "simct":
-        options = {**args.loss_options(), "chunk_rows": rows}
-        return linear_simct_loss(*given, scorer.shared, **options, return_unit_losses=True)
+        options = {**args.loss_options(), "chunk_rows": rows, "return_unit_losses": True}
+        if isinstance(teacher, ServedRows):
+            served = (teacher.topk_ids, teacher.topk_logprobs, teacher.token_logprobs)
+            return topk_simct_loss(*student, *served, units, scorer.shared, **options)
+        return linear_simct_loss(*student, *teacher, units, scorer.shared, **options)
+    given = (*student, *teacher, units)
     options = dict(temperature=args.loss_temperature, chunk_rows=rows, return_unit_losses=True)
     if args.objective == "bpm":
         return bpm_loss(*given, scorer.tables, **options)

@@ -12,7 +12,15 @@ from simct.metrics import PhaseTimer, Ratios, peak_memory_gb
 from simct.micro_batches import MicroBatch
 from simct.pair import Alignment, TokenizerPair
 from simct.samples import log_ratios
-from simct_kernels import AlignedUnits, LMHead, SharedVocabulary, candidate_mass, token_statistics
+from simct.teacher import Rows, ServedRows
+from simct_kernels import (
+    AlignedUnits,
+    LMHead,
+    SharedVocabulary,
+    candidate_mass,
+    token_statistics,
+    topk_candidate_counts,
+)
 
 
 class Recorder:
@@ -112,21 +120,35 @@ class Recorder:
         pair: TokenizerPair,
         shared: SharedVocabulary,
         student: tuple[Tensor, LMHead],
-        teacher: tuple[Tensor, LMHead],
+        teacher: Rows | ServedRows,
     ) -> None:
-        """Statistics over both whole vocabularies; student and teacher are hidden rows with their head."""
+        """Statistics over both whole vocabularies, of a served teacher over what it said."""
         ours = token_statistics(*student, units.student_tokens)
-        theirs = token_statistics(*teacher, units.teacher_tokens)
         self.ratios.count("measured tokens", len(ours.entropy))
         self.ratios.add("response/entropy", ours.entropy.sum(), per="measured tokens")
-        options = {"score": self.args.score, "candidates": self.args.candidates}
-        mass = candidate_mass(*teacher, units, shared, **options)
-        self.ratios.count("measured units", len(mass))
-        self.ratios.add("teacher_mass", mass.sum(), per="measured units")
-        ratios, lengths = log_ratios(pair, batch.samples, ours.logprob, theirs.logprob)
+        if isinstance(teacher, ServedRows):
+            teacher_logprob = self._served(units, shared, teacher)
+        else:
+            teacher_logprob = token_statistics(*teacher, units.teacher_tokens).logprob
+            options = {"score": self.args.score, "candidates": self.args.candidates}
+            mass = candidate_mass(*teacher, units, shared, **options)
+            self.ratios.count("measured units", len(mass))
+            self.ratios.add("teacher_mass", mass.sum(), per="measured units")
+        ratios, lengths = log_ratios(pair, batch.samples, ours.logprob, teacher_logprob)
         self.ratios.count("measured bytes", sum(lengths))
         self.ratios.add("reverse_kl_per_byte", sum(ratios), per="measured bytes")
         self._logprob_gap(batch, ours.logprob)
+
+    def _served(self, units: AlignedUnits, shared: SharedVocabulary, teacher: ServedRows) -> Tensor:
+        """How much of the teacher came over the wire: the probability of its k best tokens, and the share of units that have fewer
+        than two candidates among them, whose loss is 0 whatever the student does. Returns the tokens' log-probabilities, exact."""
+        ids, logprobs = teacher.topk_ids, teacher.topk_logprobs
+        counts = topk_candidate_counts(ids, logprobs, units, shared, candidates=self.args.candidates)
+        self.ratios.count("served units", len(counts))
+        self.ratios.add("served/units_without_choice", (counts < 2).sum(), per="served units")
+        self.ratios.count("served rows", len(logprobs))
+        self.ratios.add("served/topk_mass", logprobs.exp().sum(), per="served rows")
+        return teacher.token_logprobs
 
     def _logprob_gap(self, batch: MicroBatch, logprob: Tensor) -> None:
         """How far the engine's log-probabilities of its samples are from the trainer's own."""

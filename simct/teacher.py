@@ -1,16 +1,28 @@
-"""Where teacher scores come from: a local Hugging Face model, frozen, in evaluation mode."""
+"""Where teacher scores come from: a local Hugging Face model, frozen, in evaluation mode. (`simct.served_teacher`: a server.)"""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from simct.checks import check_head, check_vocabulary
+from simct.checks import check_head, check_vocabulary, context_length
 from simct.hidden import Layout, response_hidden_states
-from simct_kernels import LMHead
+from simct_kernels import LMHead, token_statistics
+
+Rows = tuple[Tensor, LMHead]  # hidden rows [N, H] and the head that they belong to
+
+
+@dataclass(frozen=True)
+class ServedRows:
+    """What a server says of the rows that predict response tokens; `topk_simct_loss` reads it in place of hidden rows."""
+
+    topk_ids: Tensor  # int64 [N_t, k], -1 where a vocabulary is smaller than k
+    topk_logprobs: Tensor  # float32 [N_t, k]
+    token_logprobs: Tensor  # float32 [N_t], of the responses' own tokens
 
 
 class LocalTeacher:
@@ -57,6 +69,15 @@ class LocalTeacher:
             self._head = LMHead.from_model(self.model)
         return self._head
 
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        return self.model.generation_config
+
+    @property
+    def context_length(self) -> float:
+        """The most tokens that it can read, a response's last one not among them."""
+        return context_length(self.model)
+
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """Inside, the model is where it scores; after it, in main memory again if it is offloaded between phases."""
@@ -69,6 +90,16 @@ class LocalTeacher:
         finally:
             self.model.to("cpu")
             torch.cuda.empty_cache()
+
+    def rows(self, prompts: list[list[int]], responses: list[list[int]]) -> Rows:
+        """What the loss reads of the teacher: hidden rows [N_t, H_t], and their head."""
+        return self.hidden_states(prompts, responses), self.head
+
+    def token_logprobs(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+        """Log-probabilities [N_t] of the responses' own tokens."""
+        hidden, head = self.rows(prompts, responses)
+        tokens = torch.tensor(list(itertools.chain.from_iterable(responses)), dtype=torch.int64, device=hidden.device)
+        return token_statistics(hidden, head, tokens).logprob
 
     @torch.no_grad()
     def hidden_states(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:

@@ -13,7 +13,8 @@ class RunArguments:
     student: str = field(metadata={"help": "The student: a folder or hub name."})
     teacher: str = field(
         metadata={
-            "help": "The teacher: a folder or hub name; or several, as JSON, by the names in the column `teacher`."
+            "help": "The teacher: a folder or hub name (with teacher_url: of its tokenizer); or several, as JSON, by the names in "
+            "the column `teacher`."
         }
     )
     data: str = field(

@@ -46,8 +46,8 @@ class SimCTTrainer(Checkpoints, Trainer):
 
     Args:
         model: the student, a path or hub name, or a causal language model.
-        teacher: a path or hub name, a causal language model, or a `LocalTeacher`; or several of them by name, of which a record's
-            `teacher` column picks the one that scores it.
+        teacher: a path or hub name, a causal language model, a `LocalTeacher` or a `ServedTeacher`; or several of them by name, of
+            which a record's `teacher` column picks the one that scores it. With `args.teacher_url` a name is that of its tokenizer.
         args: `SimCTConfig`.
         train_dataset, eval_dataset: records with a `prompt` (string or messages) or `messages`; a list of dicts or a
             `datasets.Dataset`. To train on, a data set may be iterable (streamed): then `max_steps` says how long.
@@ -220,7 +220,7 @@ class SimCTTrainer(Checkpoints, Trainer):
             return self.collector.generate(prompts, sampling, seed)
 
     def _score(self, parts: list[MicroBatch]) -> None:
-        """The teachers' hidden rows of each part, and its alignment, made while the teacher runs."""
+        """The teachers' rows of each part, and its alignment, made while the teacher runs."""
         # One stream of random numbers through all parts, in order (one thread aligns): the draws
         # do not depend on how the work is cut into calls.
         seed = numbered_seed(self.args.seed, self.state.global_step + 1, self.args.process_index)
@@ -232,7 +232,7 @@ class SimCTTrainer(Checkpoints, Trainer):
             with self.phase("teacher"), scorer.teacher.on_device():
                 for part in own:
                     alignment = self._aligner.submit(self._align, part, scorer.pair, draws)
-                    part.teacher_hidden = scorer.teacher.hidden_states(
+                    part.teacher_rows = scorer.teacher.rows(
                         part.samples.teacher_prompts, part.samples.teacher_responses
                     )
                     with self.phase("align"):  # what is left to wait for
@@ -308,7 +308,7 @@ class SimCTTrainer(Checkpoints, Trainer):
     def _student_loss(self, student: nn.Module, part: MicroBatch) -> Tensor:
         student_hidden, head = self.student_rows(student, part.packed)
         scorer, units = self.scorers[part.teacher], part.alignment.to(self.args.device)
-        ours, theirs = (student_hidden, head), (part.teacher_hidden, scorer.teacher.head)
+        ours, theirs = (student_hidden, head), part.teacher_rows
         with self.phase("loss"):
             loss, unit_losses = unit_loss(ours, theirs, units, part.samples.response_lengths, scorer, self.args)
         unit_losses = unit_losses.cpu()

@@ -14,18 +14,21 @@ from simct.micro_batches import MicroBatch, split
 from simct.objectives import Rows, unit_loss
 from simct.pair import Alignment, TokenizerPair
 from simct.samples import Samples
-from simct.teacher import LocalTeacher
+from simct.teacher import LocalTeacher, ServedRows
 from simct_kernels import LMHead, linear_simct_loss, token_statistics
 
 
-def unit_scores(student: Rows, teacher: Rows, units: Alignment, losses: Tensor) -> Scored:
+def unit_scores(student: Rows, teacher: Rows | ServedRows, units: Alignment, losses: Tensor) -> Scored:
     """`units`: of rows [N_s] and [N_t]; `losses`: [G], theirs."""
     sides = []
-    for (hidden, head), tokens, start, length in (
+    for rows, tokens, start, length in (
         (student, units.student_tokens, units.student_start, units.student_length),
         (teacher, units.teacher_tokens, units.teacher_start, units.teacher_length),
     ):
-        logprob = token_statistics(hidden, head, tokens.to(hidden.device)).logprob
+        if isinstance(rows, ServedRows):
+            logprob = rows.token_logprobs
+        else:
+            logprob = token_statistics(*rows, tokens.to(rows[0].device)).logprob
         total = torch.cat([torch.zeros(1, dtype=torch.float64), logprob.double().cpu().cumsum(0)])
         start, length = start.cpu(), length.cpu()
         sides.append(((total[start + length] - total[start]) / length).float())
@@ -75,10 +78,10 @@ def score_samples(trainer, samples: Samples) -> list[Answer]:
     student = trainer.accelerator.unwrap_model(trainer.model)
     for batch in batches:
         scorer = trainer.scorers[batch.teacher]
-        theirs = (batch.teacher_hidden, scorer.teacher.head)
 
-        def compute(batch: MicroBatch = batch, scorer: Scorer = scorer, theirs: Rows = theirs) -> Scored:
-            ours, units = trainer.student_rows(student, batch.packed), batch.alignment.to(args.device)
+        def compute(batch: MicroBatch = batch, scorer: Scorer = scorer) -> Scored:
+            ours, theirs = trainer.student_rows(student, batch.packed), batch.teacher_rows
+            units = batch.alignment.to(args.device)
             _, losses = unit_loss(ours, theirs, units, batch.samples.response_lengths, scorer, args)
             return unit_scores(ours, theirs, units, losses)
 

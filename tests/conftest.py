@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from simct.demo import ASSETS
 
+pytest.register_assert_rewrite("served_answers", "served_contract")
 torch.set_num_threads(1)  # the models are tiny, and waiting threads cost more than they bring on a busy machine
 logging.set_verbosity_error()
 logging.disable_progress_bar()

@@ -12,7 +12,7 @@ BUILD = REPOSITORY / "docs" / "build.py"
 def test_options_are_those_of_the_code():
     page = runpy.run_path(str(BUILD))["options_page"]()
     assert (REPOSITORY / "docs" / "options.md").read_text(encoding="utf-8") == page, "run docs/build.py"
-    assert "| `beta` | `1.0` |" in page and page.count("\n## ") == 7
+    assert "| `beta` | `1.0` |" in page and page.count("\n## ") == 8
 
 
 def test_links_lead_somewhere(tmp_path):

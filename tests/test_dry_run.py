@@ -203,3 +203,25 @@ def test_bad_input(models, data, tmp_path):
             describe(changed, config, console, assume_memory_gb=80)
     with pytest.raises(ValueError, match="assume_memory_gb is -1"):
         describe(run, config, console, assume_memory_gb=-1)
+
+
+def test_a_served_teacher_takes_no_memory_but_its_rows(models, data, tmp_path):
+    """Its folder needs a tokenizer alone, and nobody is asked at its address."""
+    pair = PAIRS[0]
+    run, config, recipe = arguments(pair, models, data, tmp_path, teacher_url="http://127.0.0.1:9", teacher_top_k=64)
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for file in "tokenizer.json", "tokenizer_config.json":
+        shutil.copy(ASSETS / "teacher" / file, folder)
+    run.teacher = str(folder)
+    served, said = dry_run(run, config, recipe, assume_memory_gb=80)
+    local, _ = dry_run(*arguments(pair, models, data, tmp_path), assume_memory_gb=80)
+    memory, other = served.memory, local.memory
+    assert memory.teacher_weights == memory.teacher_working == 0 < other.teacher_weights
+    responses = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    assert memory.teacher_hidden == responses * config.max_new_tokens * (64 * 12 + 4)
+    assert memory.student_weights == other.student_weights and 0 < memory.loss < other.loss
+    assert "The teacher is served at http://127.0.0.1:9" in " ".join(said.split())
+    config.objective = "bpm"
+    with pytest.raises(ValueError, match="objective is 'bpm'"):
+        dry_run(run, config, recipe)

