@@ -11,6 +11,7 @@ MANY_LONGER = 0.15  # of the response tokens; the pairs of docs/evidence.md have
 LENGTHS_DIFFER = 1.25  # tokens of one side to those of the other
 FEW_SHARED = 0.25  # of the student's vocabulary
 PROBE = "31415926535897932384"
+WORDS = "the time of the year and all that is in it for a day or two at the end"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ def advise(
         _same_vocabulary(inspection),
         *_dropped(inspection),
         _digits(pair),
+        _spaces(pair),
         _longer(inspection),
         _string_rule(inspection, pair, answers),
         _few_shared(inspection),
@@ -89,12 +91,28 @@ def _digits(pair: TokenizerPair) -> Advice | None:
         return Advice(
             "Digits are grouped differently: the student's are shorter",
             f"{what} The student's `1` stands for 1, 12 and 123, the teacher's token of the same byte does not: a student of sums "
-            "may get worse. Compare `--units single`, `--objective bpm` and `--objective escd` before a long run.",
+            "may get worse, with SimCT and with `--units single`; `--objective escd` did not in docs/evidence.md.",
         )
     return Advice(
         "Digits are grouped differently: the student's are longer",
         f"{what} A group of digits is one longer unit, with one score a side for all of them. Compare "
         "`--units single` if the task is arithmetic.",
+    )
+
+
+def _spaces(pair: TokenizerPair) -> Advice | None:
+    cuts = pair.cut(WORDS)
+    behind = {}
+    for side in ("student", "teacher"):
+        pieces = [piece for cut in cuts for piece in getattr(cut, side) if piece and len(piece) > 1]
+        behind[side] = sum(piece.endswith(b" ") for piece in pieces) > sum(piece.startswith(b" ") for piece in pieces)
+    if behind["student"] == behind["teacher"]:
+        return None
+    return Advice(
+        "Words carry their space on different sides",
+        f"The student's tokens hold the space {'behind' if behind['student'] else 'before'} a word, the teacher's the one "
+        f"{'behind' if behind['teacher'] else 'before'} it. `--objective bpm` and `escd` collapsed on such a pair in "
+        "docs/evidence.md; `simct`, with `--units single` or without, did not.",
     )
 
 

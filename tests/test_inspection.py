@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from bench import texts
+from bench.quality.settings import Spelling
 from bench.texts import spell
 from simct.advice import advise
 from simct.inspect_page import LOSS_STEPS, bucket, bucket_names, html_page
@@ -248,6 +249,16 @@ def test_vocabulary_by_script_counts_every_token(qwen, deepseek):
 def advice_of(sides, *given) -> str:
     pair, answers, inspection, _ = looked_at(sides, *given)
     return "\n".join(f"{item.title}: {item.text}" for item in advise(inspection, pair, *sides, answers))
+
+
+def test_advice_on_spaces():
+    documents = ["the time of the year and all that is in it for a day or two at the end of the time\n"] * 20
+    before, behind = Spelling(320).make(documents), Spelling(320, space="after").make(documents)
+    text = "the year and the day"
+    assert "The student's tokens hold the space behind a word, the teacher's the one before it" in advice_of(
+        (behind, before), text
+    )
+    assert "Words carry" not in advice_of((before, before), text) + advice_of((behind, behind), text)
 
 
 def test_advice_follows_from_the_figures(qwen, deepseek, demo_tokenizers):
