@@ -75,7 +75,7 @@ def plot_curves(
             axis.set_title(f"{setting}: {label}", fontsize=10)
             axis.grid(alpha=0.3)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=70)
     pyplot.close(figure)
 
 
@@ -105,5 +105,5 @@ def plot_rates(results: list[dict[str, Any]], settings: list[str], arms: list[st
             axis.set_title(f"{setting}: {JUDGES[judge][0]}", fontsize=10)
             axis.grid(alpha=0.3)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
