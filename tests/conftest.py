@@ -4,9 +4,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the n
 
 import pytest
 import torch
+from packages import or_skip
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from bench import texts
 from simct.demo import ASSETS
 
 pytest.register_assert_rewrite("served_answers", "served_contract")
@@ -36,3 +38,13 @@ def demo_teacher():
 def demo_student():
     """A fresh copy: tests train it."""
     return AutoModelForCausalLM.from_pretrained(ASSETS / "student", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def qwen():
+    return or_skip(texts.qwen)
+
+
+@pytest.fixture(scope="session")
+def deepseek():
+    return or_skip(texts.deepseek)

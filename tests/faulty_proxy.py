@@ -8,7 +8,7 @@ import time
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
 
-from served_double import Server
+from json_server import Server
 
 FAULTS = ("reset", "429", "500", "503", "slow", "trickle", "truncated", "truncated_unsized")
 SLOW = 3.0  # seconds

@@ -14,7 +14,6 @@ from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bench import texts
 from bench.quality.settings import Spelling
 from bench.texts import spell
 from simct.advice import advise
@@ -48,23 +47,6 @@ def looked_at(sides, *given, note="", **options):
     inspection = inspect_answers(pair, *sides, answers)
     html = html_page(inspection, advise(inspection, pair, *sides, answers), note=note, **options)
     return pair, answers, inspection, Page(html)
-
-
-@pytest.fixture(scope="module")
-def qwen():
-    return or_skip(texts.qwen)
-
-
-@pytest.fixture(scope="module")
-def deepseek():
-    return or_skip(texts.deepseek)
-
-
-def or_skip(load):
-    try:
-        return load()
-    except ImportError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("names", [("qwen", "deepseek"), ("deepseek", "qwen"), ("demo", "demo")])
@@ -276,7 +258,7 @@ def test_advice_follows_from_the_figures(qwen, deepseek, demo_tokenizers):
     words = advice_of(letters, "plain")
     assert "1 special token of one name in both vocabularies, not mapped: `<think>`" in words
     assert "Nothing stands out" in advice_of((byte_level(), byte_level([b"zz"] * 1 + [b"qq", b"yy", b"xx"])), "plain")
-    words = advice_of((byte_level(), texts.qwen()), "a long enough piece of plain English text to compare")
+    words = advice_of((byte_level(), qwen), "a long enough piece of plain English text to compare")
     assert re.search(r"0\.\d\d teacher tokens to one of the student's", words)
     few = byte_level([b"%d" % i for i in range(1000, 3000)]), byte_level()
     assert "Only 11% of the student's tokens are shared" in advice_of(few, "plain")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from inspect_html import Page
+from json_server import serving
 from served_answers import CONTEXT, LIMIT, REQUESTS, assert_same, read
 from served_contract import VOCABULARY, ServedContract, assert_rows, local, samples  # noqa: F401
-from served_double import MAX_MODEL_LEN, Double, serving
+from served_double import MAX_MODEL_LEN, Double
 from transformers import AutoModelForCausalLM
 
 from simct import SimCTConfig, SimCTTrainer

@@ -1,12 +1,11 @@
 """The vLLM engines without a vLLM: requests, answers, servers that are not what they should be. `vllm_engines` has a real one."""
 
-import json
-import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
+from json_server import serving
 
 from simct.rollout import Response, Sampling
 from simct.vllm_engine import ColocatedVLLM, colocated_from_model
@@ -39,31 +38,15 @@ def server(routes):
     """Answers each route with JSON, (status, JSON) or what a function makes of the body. Gives the address and what was asked."""
     asked = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def handle_any(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            route = self.path.split("?")[0]
-            asked.append((route, json.loads(body) if body else None, self.headers.get("Authorization")))
-            answer = routes.get(route, (404, {"detail": "Not Found"}))
-            answer = answer(asked[-1][1]) if callable(answer) else answer
-            status, answer = answer if isinstance(answer, tuple) else (200, answer)
-            content = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def answer(method, path, body, authorization):
+        route = path.split("?")[0]
+        asked.append((route, body, authorization))
+        found = routes.get(route, (404, {"detail": "Not Found"}))
+        found = found(body) if callable(found) else found
+        return found if isinstance(found, tuple) else (200, found)
 
-        do_GET = do_POST = handle_any
-
-        def log_message(self, *arguments):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{running.server_port}", asked
-        finally:
-            running.shutdown()
+    with serving(SimpleNamespace(answer=answer)) as url:
+        yield url, asked
 
 
 def test_requests_say_all_that_shapes_the_distribution():

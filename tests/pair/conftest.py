@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+from packages import or_skip
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -20,24 +21,6 @@ PROSE = (
 )
 CJK = "深度学习模型在大规模语料上训练，然后蒸馏给学生。\n日本語の文章とカタカナ。한국어 문장도 있습니다. 👩‍👩‍👧‍👦🇩🇪\n"
 TEXTS = [CODE[:6000], CODE[20000:26000], PROSE, CJK, " leading space", "    indented\n\n\n\n\t\ttabs  \n", "e", ""]
-
-
-def or_skip(load, *arguments):
-    """What `load` returns; skips where the package that it reads is not installed."""
-    try:
-        return load(*arguments)
-    except ImportError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def qwen():
-    return or_skip(texts.qwen)
-
-
-@pytest.fixture(scope="session")
-def deepseek():
-    return or_skip(texts.deepseek)
 
 
 @pytest.fixture(scope="session")
