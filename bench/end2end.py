@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from simct.metrics import PhaseTimer
+from simct.training.metrics import PhaseTimer
 from simct_kernels import linear_simct_loss
 
 from . import record
@@ -40,8 +40,8 @@ def demo(device_type: str, steps: int, responses: int, new_tokens: int) -> list[
     from transformers.utils import logging
 
     from simct import SimCTConfig, SimCTTrainer
+    from simct.data.records import read_prompts
     from simct.demo import ASSETS
-    from simct.prompts import read_prompts
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

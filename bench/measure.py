@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simct.metrics import peak_memory_gb
+from simct.training.metrics import peak_memory_gb
 
 from .cases import Case, Problem
 

@@ -14,7 +14,7 @@ from bench import texts
 from bench.cases import Case, Model, Problem, make_shared, make_units
 from bench.rivals import ours
 from simct_kernels.options import LossOptions
-from simct_kernels.torch_plan import plan_chunks
+from simct_kernels.torch_backend.plan import plan_chunks
 
 pytest.importorskip("pytest_benchmark")
 

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from simct.pair import TokenizerPair
+from simct.pairing.pair import TokenizerPair
 from simct_kernels import AlignedUnits, SharedVocabulary
 
 ALPHABET = bytes_to_unicode()

@@ -14,13 +14,13 @@ ROOT = Path(__file__).parent.parent
 OPTIONS = ROOT / "docs" / "options.md"
 MODULES = (
     "simct",
-    "simct.config",
-    "simct.padded",
-    "simct.pair",
-    "simct.rollout",
-    "simct.served_teacher",
-    "simct.teacher",
-    "simct.trainer",
+    "simct.training.config",
+    "simct.pairing.padded",
+    "simct.pairing.pair",
+    "simct.rollouts.protocol",
+    "simct.teachers.served",
+    "simct.teachers.local",
+    "simct.training.trainer",
     "simct_kernels",
 )
 SECTIONS = {  # the first option of each: the order is that of SimCTConfig
@@ -58,7 +58,7 @@ def options_page() -> str:
         "",
         "Fields of `SimCTConfig`, options of `simct train` (`--name value`), keys of its `--config` file. Everything else of",
         "[`transformers.TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer) is there too.",
-        "Written by `docs/build.py` from [simct/config.py](../simct/config.py).",
+        "Written by `docs/build.py` from [simct/training/config.py](../simct/training/config.py).",
     ]
     for field in fields(SimCTConfig):
         if field.name not in SimCTConfig.__annotations__:

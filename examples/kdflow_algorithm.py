@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simct import LocalTeacher, TokenizerPair
-from simct.data import read_prompts
+from simct.data.records import read_prompts
 from simct.demo import ASSETS
-from simct.hidden import forward_through
-from simct.padded import PaddedBatch, padded_to_packed
+from simct.models.hidden import forward_through
+from simct.pairing.padded import PaddedBatch, padded_to_packed
 from simct_kernels import LMHead, linear_simct_loss
 
 

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simct import LocalTeacher, TokenizerPair
-from simct.data import read_prompts
+from simct.data.records import read_prompts
 from simct.demo import ASSETS
-from simct.padded import PaddedBatch
+from simct.pairing.padded import PaddedBatch
 from simct_kernels import LMHead, linear_simct_loss
 
 

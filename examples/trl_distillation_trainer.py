@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DistillationConfig, DistillationTrainer
 
 from simct import LocalTeacher, TokenizerPair
+from simct.data.prompts import render_prompt
 from simct.demo import ASSETS
-from simct.padded import PaddedBatch
-from simct.prompts import render_prompt
+from simct.pairing.padded import PaddedBatch
 from simct_kernels import LMHead, linear_simct_loss, token_statistics
 
 

@@ -12,8 +12,8 @@ from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
 from simct import LocalTeacher, TokenizerPair
 from simct.demo import ASSETS
-from simct.hidden import forward_through
-from simct.padded import PaddedBatch
+from simct.models.hidden import forward_through
+from simct.pairing.padded import PaddedBatch
 from simct_kernels import LMHead, linear_simct_loss
 
 

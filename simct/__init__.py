@@ -4,33 +4,47 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from simct.pair import Alignment, TokenizerPair
-from simct.tokens import token_bytes
-
 if TYPE_CHECKING:
-    from simct.config import SimCTConfig
-    from simct.served_teacher import ServedTeacher
-    from simct.teacher import LocalTeacher
-    from simct.trainer import SimCTTrainer
+    from simct.pairing.padded import PaddedBatch, padded_to_packed
+    from simct.pairing.pair import Alignment, TokenizerPair
+    from simct.pairing.tokens import token_bytes
+    from simct.teachers.local import LocalTeacher
+    from simct.teachers.served import ServedTeacher
+    from simct.training.config import SimCTConfig
+    from simct.training.trainer import SimCTTrainer
 
 try:
     __version__ = version("simct")
 except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["Alignment", "LocalTeacher", "ServedTeacher", "SimCTConfig", "SimCTTrainer", "TokenizerPair", "token_bytes"]
+__all__ = [
+    "Alignment",
+    "LocalTeacher",
+    "PaddedBatch",
+    "ServedTeacher",
+    "SimCTConfig",
+    "SimCTTrainer",
+    "TokenizerPair",
+    "padded_to_packed",
+    "token_bytes",
+]
 
-
-# The trainer pulls in accelerate and half of transformers: only who asks for it waits for it.
-_LATER = {
-    "LocalTeacher": "simct.teacher",
-    "ServedTeacher": "simct.served_teacher",
-    "SimCTConfig": "simct.config",
-    "SimCTTrainer": "simct.trainer",
+# Imported when first asked for: torch takes seconds, the trainer pulls in accelerate and half of transformers.
+_HOMES = {
+    "Alignment": "pairing.pair",
+    "LocalTeacher": "teachers.local",
+    "PaddedBatch": "pairing.padded",
+    "ServedTeacher": "teachers.served",
+    "SimCTConfig": "training.config",
+    "SimCTTrainer": "training.trainer",
+    "TokenizerPair": "pairing.pair",
+    "padded_to_packed": "pairing.padded",
+    "token_bytes": "pairing.tokens",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
+    if name in _HOMES:
+        return getattr(import_module(f"simct.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'simct' has no attribute {name!r}")

@@ -8,12 +8,10 @@ from types import ModuleType
 
 import torch
 
-# A backend is a module with the three losses as in `reference` ("torch" has `topk_simct_loss` in `topk`). One whose
-# gradients are made in the forward pass also has `linear_job` and `topk_job`, which give the custom ops a job as in
-# `torch_backend` and `topk` to run.
+# A backend is a package with the three losses as in `reference`. One whose gradients are made in the forward pass also has
+# `linear_job` and `topk_job`, which give the custom ops a job as in `torch_backend` to run.
 BACKENDS = {
     "triton": "triton_backend",
-    "triton_fused": "triton_backend.fused_backend",  # only for comparison: its gradients are not deterministic
     "torch": "torch_backend",
     "reference": "reference",
 }

@@ -11,9 +11,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .inputs import AlignedUnits, LMHead, SharedVocabulary
-from .options import LossOptions, is_positive_int
-from .prefix_tables import PrefixTables
+from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
+from simct_kernels.objectives.prefix_tables import PrefixTables
+from simct_kernels.options import LossOptions, is_positive_int
 
 
 def check_units(units: AlignedUnits, shared: SharedVocabulary, options: LossOptions) -> None:

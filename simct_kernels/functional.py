@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, ops, topk
-from .checks import (
+from simct_kernels import backends, ops
+from simct_kernels.checks import (
     check_chunk_rows,
     check_hidden,
     check_ids,
@@ -19,8 +19,9 @@ from .checks import (
     check_units,
     whole_head,
 )
-from .inputs import AlignedUnits, LMHead, SharedVocabulary
-from .options import REDUCTIONS, LossOptions, check_choice
+from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
+from simct_kernels.options import REDUCTIONS, LossOptions, check_choice
+from simct_kernels.torch_backend.topk import shared_candidates
 
 
 def simct_loss(
@@ -93,8 +94,7 @@ def linear_simct_loss(
         teacher_mass_floor: a unit where the teacher's probability of all candidates is below it has no loss and no
             gradient.
         reduction: "sum", "mean" over units, or "none" for [G].
-        backend: "auto" (Triton on a GPU, else PyTorch), "triton", "torch", "reference" (the slow oracle), or "triton_fused",
-            which stores no logits at all but whose gradients differ in the last bits from run to run.
+        backend: "auto" (Triton on a GPU, else PyTorch), "triton", "torch", "reference" (the slow oracle).
         chunk_rows: how many rows of logits of either side exist at once; a unit is never split. "auto": by memory.
         return_unit_losses: also return the units' losses [G], detached. With "sum" and "mean", whose gradients are made
             in the forward pass, this is cheaper than reduction="none".
@@ -208,7 +208,7 @@ def topk_candidate_counts(
     options = LossOptions(candidates=candidates)
     check_units(units, shared, options)
     check_served(teacher_topk_ids, teacher_topk_logprobs, units)
-    found = topk.shared_candidates(teacher_topk_ids, teacher_topk_logprobs, units, shared, options).found
+    found = shared_candidates(teacher_topk_ids, teacher_topk_logprobs, units, shared, options).found
     return found.sum(dim=1) + units.has_continuation(shared)
 
 
@@ -218,7 +218,7 @@ def _call(loss: str, arguments: tuple, backend: str, **keywords: Any) -> tuple[T
     if torch.compiler.is_compiling() and name != "reference":
         return getattr(ops, loss)(*arguments, **keywords, backend=name)
     check_left_out(*arguments[-3:])
-    module = topk if loss == "topk_simct_loss" and name == "torch" else backends.load(name)
+    module = backends.load(name)
     return getattr(module, loss)(*arguments, **keywords)
 
 

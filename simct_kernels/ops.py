@@ -15,11 +15,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import backends, topk, torch_backend
-from .checks import check_left_out
-from .inputs import AlignedUnits, LMHead, SharedVocabulary
-from .options import LossOptions
-from .torch_backend import compute_dtype
+from simct_kernels import backends, torch_backend
+from simct_kernels.checks import check_left_out
+from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
+from simct_kernels.options import LossOptions
+from simct_kernels.torch_backend.job import compute_dtype
 
 _UNITS = tuple(field.name for field in dataclasses.fields(AlignedUnits))
 _SHARED = ("student_ids", "teacher_ids", "ascending_teacher_ids", "teacher_order")
@@ -155,7 +155,7 @@ def _linear_run(
     units, shared, options, chunk_rows, backend = _unflatten(common)
     head, teacher_head = LMHead(weight, bias, softcap, scale), LMHead(t_weight, t_bias, t_cap, t_scale)
     module = backends.load(backend)
-    make_job = torch_backend.LossJob if backend == "torch" else getattr(module, "linear_job", None)
+    make_job = getattr(module, "linear_job", None)
     if make_job is not None:
         dtype = compute_dtype(student_hidden, weight, teacher_hidden, t_weight)
         job = make_job(units, shared, options, head, teacher_head, chunk_rows, dtype)
@@ -172,7 +172,7 @@ def _linear_run(
 def _topk_run(student_hidden, weight, bias, softcap, scale, topk_ids, topk_logprobs, token_logprobs, *common):
     units, shared, options, chunk_rows, backend = _unflatten(common)
     head = LMHead(weight, bias, softcap, scale)
-    make_job = topk.Job if backend == "torch" else backends.load(backend).topk_job
+    make_job = backends.load(backend).topk_job
     dtype = compute_dtype(student_hidden, weight)
     job = make_job(units, shared, options, head, topk_ids, topk_logprobs, chunk_rows, dtype)
     return functools.partial(job.run, student_hidden, token_logprobs)

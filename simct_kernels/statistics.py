@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import torch_backend
-from .checks import check_chunk_rows, check_hidden, check_ids, check_rows, check_units
-from .inputs import AlignedUnits, LMHead, SharedVocabulary
-from .options import LossOptions, check_choice
-from .torch_plan import auto_rows
-from .torch_rows import LinearRows
+from simct_kernels import torch_backend
+from simct_kernels.checks import check_chunk_rows, check_hidden, check_ids, check_rows, check_units
+from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
+from simct_kernels.options import LossOptions, check_choice
+from simct_kernels.torch_backend.plan import auto_rows
+from simct_kernels.torch_backend.rows import LinearRows
 
 
 class TokenStatistics(NamedTuple):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).parent / "data" / "vllm-0.32-answers.json"
+PATH = Path(__file__).parent / "recorded" / "vllm-0.32-answers.json"
 LIMIT, CONTEXT = 64, 256
 TEXT = [1022, 272, 498, 302, 290, 1018, 14, 376, 708, 16]  # token ids of an ordinary sentence
 SCORE = {"model": "teacher", "prompt": TEXT, "prompt_logprobs": 3, "max_tokens": 1, "temperature": 1.0}

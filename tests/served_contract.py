@@ -10,7 +10,7 @@ import torch
 from faulty_proxy import FAULTS, FaultyProxy
 
 from simct import LocalTeacher, TokenizerPair
-from simct.served_teacher import ServedTeacher
+from simct.teachers.served import ServedTeacher
 from simct_kernels import LMHead, linear_simct_loss, topk_simct_loss
 
 TEXTS = [("Return the", " name of the file, if any."), ("If the", " value is not a string: é"), ("A", ".")]

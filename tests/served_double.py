@@ -1,6 +1,6 @@
 """A server that answers as vLLM's and SGLang's do where log-probabilities of prompts are concerned, with a real model behind it.
 
-`tests/data/vllm-0.32-answers.json` holds answers of a real vLLM, which `test_served_teacher` compares this one's with.
+`tests/recorded/vllm-0.32-answers.json` holds answers of a real vLLM, which `test_served_teacher` compares this one's with.
 """
 
 import functools

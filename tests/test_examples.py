@@ -15,10 +15,10 @@ from trl.experimental.utils import is_byte_level_tokenizer
 
 import simct_kernels
 from simct import LocalTeacher, TokenizerPair
-from simct.data import read_prompts
+from simct.data.records import read_prompts
 from simct.demo import ASSETS
-from simct.hidden import PackedSequences, response_hidden_states
-from simct.padded import PaddedBatch
+from simct.models.hidden import PackedSequences, response_hidden_states
+from simct.pairing.padded import PaddedBatch
 from simct_kernels import LMHead, linear_simct_loss
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

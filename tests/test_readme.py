@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from simct.demo import ASSETS
-from simct.hidden import PackedSequences, response_hidden_states
+from simct.models.hidden import PackedSequences, response_hidden_states
 
 README = Path(__file__).parents[1] / "README.md"
 pytestmark = pytest.mark.skipif(not README.exists(), reason="tests without the README beside them")

@@ -36,11 +36,11 @@ from rich.table import Table
 from torch import Tensor
 
 from simct import SimCTConfig, SimCTTrainer
-from simct.data import load_records
+from simct.data.records import load_records
 from simct.files import replaced
-from simct.hidden import response_hidden_states
-from simct.micro_batches import MicroBatch
-from simct.tokens import token_bytes
+from simct.models.hidden import response_hidden_states
+from simct.pairing.tokens import token_bytes
+from simct.training.micro_batches import MicroBatch
 from simct_kernels import LMHead, simct_loss
 
 from .means import mean_with_error

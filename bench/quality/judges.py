@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from simct import TokenizerPair
-from simct.evaluation import score
-from simct.metrics import ratio_with_standard_error
-from simct.micro_batches import split
-from simct.rollout import Response, Sampling, StaticBatching
-from simct.samples import Sample, Samples
+from simct.rollouts.protocol import Response, Sampling
+from simct.rollouts.transformers_engines import StaticBatching
+from simct.training.evaluation import score
+from simct.training.metrics import ratio_with_standard_error
+from simct.training.micro_batches import split
+from simct.training.samples import Sample, Samples
 from simct_kernels import token_statistics
 
 from .means import mean_with_error

@@ -13,8 +13,8 @@ from transformers import PrinterCallback, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 from simct import SimCTConfig, SimCTTrainer
-from simct.hidden import response_hidden_states
-from simct.micro_batches import split
+from simct.models.hidden import response_hidden_states
+from simct.training.micro_batches import split
 
 from .arms import ARMS
 from .judges import as_samples, judge, sample_teacher

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from simct_kernels.options import LossOptions
-from simct_kernels.torch_plan import auto_rows
-from simct_kernels.torch_rows import LinearRows
+from simct_kernels.torch_backend.plan import auto_rows
+from simct_kernels.torch_backend.rows import LinearRows
 
 from ..cases import Problem
 from ..floor import needed

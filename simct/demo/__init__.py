@@ -24,11 +24,12 @@ def run_demo(
     import torch
     from transformers.utils import logging
 
-    from simct.config import SimCTConfig
-    from simct.display import coverage_table, cut_text, evaluation_table, pair_table, plot_curves
-    from simct.progress import ProgressBar
-    from simct.prompts import read_prompts
-    from simct.trainer import SimCTTrainer
+    from simct.data.records import read_prompts
+    from simct.inspection.tables import coverage_table, cut_text, pair_table
+    from simct.training.config import SimCTConfig
+    from simct.training.plots import evaluation_table, plot_curves
+    from simct.training.progress import ProgressBar
+    from simct.training.trainer import SimCTTrainer
 
     torch.set_num_threads(1)  # small matrices: more threads would not be faster, and the numbers would depend on them
     logging.set_verbosity_error()

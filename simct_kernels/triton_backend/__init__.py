@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import topk, torch_backend
-from ..inputs import AlignedUnits, LMHead, SharedVocabulary
-from ..options import LossOptions
-from .linear import LinearJob
-from .logits import LogitsLoss
-from .sparse import ServedJob, TopKJob
+from simct_kernels import torch_backend
+from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
+from simct_kernels.options import LossOptions
+from simct_kernels.triton_backend.linear import LinearJob
+from simct_kernels.triton_backend.logits import LogitsLoss
+from simct_kernels.triton_backend.sparse import ServedJob, TopKJob
 
 
 def simct_loss(
@@ -100,9 +100,9 @@ def topk_job(
     teacher_topk_logprobs: Tensor,  # [N_t, k]
     chunk_rows: int | str,
     dtype: torch.dtype,
-) -> topk.Job:
+) -> torch_backend.topk_job:
     """What `topk_simct_loss` runs below autograd."""
-    make = ServedJob if _covers(dtype, units) else topk.Job
+    make = ServedJob if _covers(dtype, units) else torch_backend.topk_job
     served = teacher_topk_ids, teacher_topk_logprobs
     return make(units, shared, options, student_head, *served, chunk_rows, dtype)
 

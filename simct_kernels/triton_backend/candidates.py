@@ -14,11 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ..options import LossOptions
-from . import tiles
-from .finish import finish_kernel, mixture_kernel
-from .forward import forward_kernel
-from .scores import FORWARD, MIXED, REVERSE, Side
+from simct_kernels.options import LossOptions
+from simct_kernels.triton_backend import tiles
+from simct_kernels.triton_backend.finish import finish_kernel, mixture_kernel
+from simct_kernels.triton_backend.forward import forward_kernel
+from simct_kernels.triton_backend.scores import FORWARD, MIXED, REVERSE, Side
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import (
+from simct_kernels.triton_backend.scores import (
     FORWARD,
     MIXED,
     add_sums,

@@ -13,8 +13,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import logsumexp_of
-from .scores import FORWARD, MIXED, add_sums, finite_max, kl_terms, load_logits, log_mixture, merge, summarise
+from simct_kernels.triton_backend.rows import logsumexp_of
+from simct_kernels.triton_backend.scores import (
+    FORWARD,
+    MIXED,
+    add_sums,
+    finite_max,
+    kl_terms,
+    load_logits,
+    log_mixture,
+    merge,
+    summarise,
+)
 
 
 @triton.jit

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..options import LossOptions
-from . import tiles
-from .candidates import Candidates, Units, mode_of
-from .scores import load_logits, score_gradient
+from simct_kernels.options import LossOptions
+from simct_kernels.triton_backend import tiles
+from simct_kernels.triton_backend.candidates import Candidates, Units, mode_of
+from simct_kernels.triton_backend.scores import load_logits, score_gradient
 
 
 @triton.jit

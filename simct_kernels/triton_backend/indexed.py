@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..torch_rows import LinearRows, add_repeated
-from . import tiles
+from simct_kernels.torch_backend.rows import LinearRows, add_repeated
+from simct_kernels.triton_backend import tiles
 
 
 @triton.jit

@@ -13,14 +13,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import torch_backend
-from ..torch_plan import Chunk, Part
-from ..torch_rows import LinearRows, product
-from .candidates import Candidates, UnitRows, divergence
-from .columns import columns_of
-from .gradient import write_gradient
-from .indexed import IndexedRows
-from .scores import Side
+from simct_kernels import torch_backend
+from simct_kernels.torch_backend.plan import Chunk, Part
+from simct_kernels.torch_backend.rows import LinearRows, product
+from simct_kernels.triton_backend.candidates import Candidates, UnitRows, divergence
+from simct_kernels.triton_backend.columns import columns_of
+from simct_kernels.triton_backend.gradient import write_gradient
+from simct_kernels.triton_backend.indexed import IndexedRows
+from simct_kernels.triton_backend.scores import Side
 
 
 class _RawRows(IndexedRows):

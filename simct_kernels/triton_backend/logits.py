@@ -10,12 +10,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..inputs import AlignedUnits, SharedVocabulary
-from ..options import LossOptions
-from .candidates import Candidates, UnitRows, Units, divergence
-from .columns import columns_of
-from .gradient import write_gradient
-from .scores import Side
+from simct_kernels.inputs import AlignedUnits, SharedVocabulary
+from simct_kernels.options import LossOptions
+from simct_kernels.triton_backend.candidates import Candidates, UnitRows, Units, divergence
+from simct_kernels.triton_backend.columns import columns_of
+from simct_kernels.triton_backend.gradient import write_gradient
+from simct_kernels.triton_backend.scores import Side
 
 
 def _candidates(

@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -29,10 +29,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from ..inputs import AlignedUnits, LMHead, SharedVocabulary
-from ..options import LossOptions
-from . import fused, fused_backend, indexed, linear, linear_simct_loss, simct_loss, small, softmax, tiles
-from .scores import Side
+from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
+from simct_kernels.options import LossOptions
+from simct_kernels.triton_backend import indexed, linear, linear_simct_loss, simct_loss, small, softmax, tiles
+from simct_kernels.triton_backend.scores import Side
 
 TARGETS = {
     "80": GPUTarget("cuda", 80, 32),
@@ -155,8 +155,6 @@ def _cases(quick: bool) -> Iterator:
                 yield lambda mode=mode, size=size: _run_small(size, False, **mode)
         if quick:
             continue
-        yield lambda mode=mode: _run_fused(True, torch.bfloat16, **mode, **everything)
-        yield lambda mode=mode: _run_fused(False, torch.bfloat16, **mode)
         yield lambda mode=mode: _run_logits(torch.bfloat16, **mode, **everything)
         yield lambda mode=mode: _run_logits(torch.bfloat16, one_vocabulary=True, **mode)
         yield lambda mode=mode: _run_linear(False, torch.bfloat16, **mode)
@@ -165,13 +163,11 @@ def _cases(quick: bool) -> Iterator:
         if not quick:
             yield lambda dtype=dtype: _run_sparse(dtype, False)
     if quick:
-        yield lambda: _run_fused(True, torch.bfloat16, longer_only=True, **everything)
         yield lambda: _run_logits(torch.bfloat16, one_vocabulary=True)
         return
     for dtype in (torch.float16, torch.float32):
         yield lambda dtype=dtype: _run_logits(dtype)
         yield lambda dtype=dtype: _run_linear(False, dtype)
-        yield lambda dtype=dtype: _run_fused(True, dtype)
     for score in ("sum_logprob", "mean_logit"):
         yield lambda score=score: _run_logits(torch.bfloat16, score=score)
         yield lambda score=score: _run_linear(True, torch.bfloat16, score=score)
@@ -214,23 +210,15 @@ def _run_linear(full_head: bool, gradient_dtype: torch.dtype, **options) -> None
         linear._RawRows, "gradient_like", lambda self, values: torch.zeros_like(values, dtype=gradient_dtype)
     )
     with like:
-        _call_linear(linear_simct_loss, full_head, torch.float32, options)
+        _call_linear(full_head, options)
 
 
-def _run_fused(full_head: bool, dtype: torch.dtype, longer_only: bool = False, **options) -> None:
-    """As on a GPU, where 16-bit operands are multiplied as they are."""
-    with mock.patch.object(fused, "interprets", lambda tensor: False):
-        _call_linear(fused_backend.linear_simct_loss, full_head, dtype, options, longer_only)
-
-
-def _call_linear(loss: Callable, full_head: bool, dtype: torch.dtype, options: dict, longer_only: bool = False) -> None:
+def _call_linear(full_head: bool, options: dict) -> None:
     units, shared = _problem()
-    if longer_only:
-        units = units.select((units.student_length > 1) & (units.teacher_length > 1))
-    hidden = torch.zeros(len(units.student_tokens), 16, dtype=dtype, requires_grad=True)
-    teacher = torch.zeros(len(units.teacher_tokens), 16, dtype=dtype)
-    arguments = hidden, _head(full_head, dtype), teacher, _head(full_head, dtype), units, shared, LossOptions(**options)
-    loss(*arguments, summed=True, chunk_rows="auto")
+    hidden = torch.zeros(len(units.student_tokens), 16, requires_grad=True)
+    teacher = torch.zeros(len(units.teacher_tokens), 16)
+    arguments = hidden, _head(full_head), teacher, _head(full_head), units, shared, LossOptions(**options)
+    linear_simct_loss(*arguments, summed=True, chunk_rows="auto")
 
 
 def _run_sparse(dtype: torch.dtype, full_head: bool) -> None:

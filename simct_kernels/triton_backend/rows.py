@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
-from .scores import Side, add_sums, finite_max, load_logits, log_sum
+from simct_kernels.triton_backend import tiles
+from simct_kernels.triton_backend.scores import Side, add_sums, finite_max, load_logits, log_sum
 
 
 @triton.jit

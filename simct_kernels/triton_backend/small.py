@@ -1,6 +1,6 @@
 """The divergence of few candidates a unit, and its gradient, in one launch: Eq. 8 and 9 with a unit's scores in registers.
 
-What `torch_divergence.divergence` computes, on matrices narrow enough: see `LARGEST`.
+What `torch_backend.divergence.divergence` computes, on matrices narrow enough: see `LARGEST`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import torch_divergence
-from ..options import LossOptions
-from . import tiles
-from .candidates import mode_of
-from .scores import FORWARD, MIXED, kl_terms, log_mixture, score_gradient
+from simct_kernels.options import LossOptions
+from simct_kernels.torch_backend.divergence import divergence as torch_divergence
+from simct_kernels.triton_backend import tiles
+from simct_kernels.triton_backend.candidates import mode_of
+from simct_kernels.triton_backend.scores import FORWARD, MIXED, kl_terms, log_mixture, score_gradient
 
 # Candidates of a unit: a tile of the table is this wide or holds several units. Beyond it the scores of one row no longer
 # fit a program's registers, and the PyTorch function takes over.
@@ -71,10 +71,10 @@ def divergence(
     options: LossOptions,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `torch_divergence.divergence`."""
+    """As `torch_backend.divergence.divergence`."""
     count, size = s.shape
     if not count or size > LARGEST:
-        return torch_divergence.divergence(s, t, options, needs_grad)
+        return torch_divergence(s, t, options, needs_grad)
     losses = torch.empty(count, dtype=torch.float32, device=s.device)
     gradient = torch.empty(count, size, dtype=torch.float32, device=s.device) if needs_grad else None
     shape = tiles.tile("small", s.device)

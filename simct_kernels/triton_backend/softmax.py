@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
-from .scores import Side, load_logits
+from simct_kernels.triton_backend import tiles
+from simct_kernels.triton_backend.scores import Side, load_logits
 
 
 @triton.jit

@@ -11,16 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import topk, torch_backend
-from ..options import LossOptions
-from ..torch_backend import Scores, Steps, by_terms, continuation_scores
-from ..torch_plan import Chunk, Part
-from ..torch_rows import LogitRows, product
-from . import small
-from .indexed import IndexedRows
-from .rows import row_logsumexp
-from .scores import Side
-from .softmax import write_softmax
+from simct_kernels import torch_backend
+from simct_kernels.options import LossOptions
+from simct_kernels.torch_backend.job import Scores, Steps, by_terms, continuation_scores
+from simct_kernels.torch_backend.plan import Chunk, Part
+from simct_kernels.torch_backend.rows import LogitRows, product
+from simct_kernels.triton_backend import small
+from simct_kernels.triton_backend.indexed import IndexedRows
+from simct_kernels.triton_backend.rows import row_logsumexp
+from simct_kernels.triton_backend.scores import Side
+from simct_kernels.triton_backend.softmax import write_softmax
 
 
 class _LinearRows(IndexedRows):
@@ -132,5 +132,5 @@ class TopKJob(_KernelSteps, torch_backend.LossJob):
     """For `top_k` smaller than K."""
 
 
-class ServedJob(_KernelSteps, topk.Job):
+class ServedJob(_KernelSteps, torch_backend.topk_job):
     """For a served teacher."""

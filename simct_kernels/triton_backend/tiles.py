@@ -55,40 +55,6 @@ _BLACKWELL = _NVIDIA | {"forward": Tile(4, 512, 4)}
 TILES = {80: _NVIDIA, 90: _NVIDIA, 100: _BLACKWELL, "gfx942": _AMD}
 
 
-@dataclass(frozen=True)
-class FusedTile:
-    """Of a kernel that makes its logits itself: ROWS by BLOCK logits, DEPTH of the width in each step of the products.
-
-    64 rows and 4 or 8 warps are the least that `wgmma` and `tcgen05` take. Both sides' float32 tiles are live at once, 32
-    registers each for a thread at 64 by 128 and 8 warps; twice that spills, and on sm_100 and gfx942 that does too. DEPTH is
-    128 bytes of a 16-bit row, a whole line, and half of it where two more products need the registers. Names with 32 are
-    for float32 operands, multiplied exactly, by ordinary multiply-adds on NVIDIA. Chosen by the ahead-of-time report.
-
-    "scores" and "gradient" of one architecture share their BLOCK: the former leaves what the latter skips tiles by.
-    """
-
-    rows: int
-    block: int
-    depth: int
-    warps: int
-    stages: int
-
-    def options(self) -> dict[str, int]:
-        """A launch's keywords."""
-        names = {"ROWS": self.rows, "BLOCK": self.block, "DEPTH": self.depth}
-        return names | {"num_warps": self.warps, "num_stages": self.stages}
-
-
-# Of float32 operands: what spills nothing.
-_FUSED_32 = {"scores32": FusedTile(16, 32, 16, 4, 2), "gradient32": FusedTile(16, 32, 16, 4, 2)}
-_FUSED_32_BLACKWELL = _FUSED_32 | {"scores32": FusedTile(32, 32, 16, 4, 2)}
-_FUSED_32_AMD = {"scores32": FusedTile(32, 64, 16, 8, 2), "gradient32": FusedTile(32, 64, 16, 8, 2)}
-_FUSED_NVIDIA = {"scores": FusedTile(64, 128, 64, 8, 3), "gradient": FusedTile(64, 128, 32, 8, 3)} | _FUSED_32
-_FUSED_BLACKWELL = {"scores": FusedTile(64, 32, 64, 4, 3), "gradient": FusedTile(64, 32, 32, 4, 2)}
-_FUSED_BLACKWELL |= _FUSED_32_BLACKWELL
-_FUSED_AMD = {"scores": FusedTile(64, 64, 64, 4, 2), "gradient": FusedTile(64, 64, 32, 4, 2)} | _FUSED_32_AMD
-FUSED_TILES = {80: _FUSED_NVIDIA, 90: _FUSED_NVIDIA, 100: _FUSED_BLACKWELL, "gfx942": _FUSED_AMD}
-
 UNITS = 64  # units of one program of the small kernels, whose data is a number or two a unit
 # Entries of one program's run of equal ids in an indexed product's weight gradient: longer runs are cut.
 SEGMENT = 128
@@ -101,11 +67,7 @@ def tile(kernel: str, device: torch.device) -> Tile:
     return TILES[_architecture(device)][kernel]
 
 
-def fused_tile(kernel: str, device: torch.device) -> FusedTile:
-    return FUSED_TILES[_architecture(device)][kernel]
-
-
-def splits(rows: int, columns: int, shape: Tile | FusedTile, device: torch.device) -> tuple[int, int]:
+def splits(rows: int, columns: int, shape: Tile, device: torch.device) -> tuple[int, int]:
     """Over how many programs each row is split, and how many tiles each of them takes."""
     tiles = triton.cdiv(columns, shape.block)
     wanted = _PROGRAMS * _multiprocessors(device) // triton.cdiv(rows, shape.rows)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simct_kernels import AlignedUnits, LMHead, PrefixTables, bpm_loss, escd_loss
-from simct_kernels.prefix_reference import bpm_losses, escd_losses
+from simct_kernels.reference.prefix import bpm_losses, escd_losses
 
 from .cases import Problem, make_shared
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from simct_kernels import AlignedUnits, LMHead, alm_loss
-from simct_kernels.alm import log1mexp
+from simct_kernels.objectives.alm import log1mexp
 
 from .cases import Problem, make_problem, relative_error
 from .test_uld import HEADS, arguments

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from simct_kernels import AlignedUnits, LMHead, SharedVocabulary, linear_simct_loss, torch_blocks, torch_plan
-from simct_kernels.torch_backend import LossJob
-from simct_kernels.torch_rows import LinearRows
+from simct_kernels import AlignedUnits, LMHead, SharedVocabulary, linear_simct_loss
+from simct_kernels.torch_backend import blocks, plan
+from simct_kernels.torch_backend.job import LossJob
+from simct_kernels.torch_backend.rows import LinearRows
 
 from .cases import MIXED, Problem, make_problem, relative_error
 
@@ -31,8 +32,8 @@ def run(problem: Problem, **options) -> list[torch.Tensor]:
 def test_blocks_change_nothing(monkeypatch, options, reduction):
     problem = make_problem(MIXED * 3, softcap=3.0)
     expected = run(problem, backend="reference", reduction=reduction, **options)
-    monkeypatch.setattr(torch_blocks, "BLOCK", 7)
-    monkeypatch.setitem(torch_plan._BLOCK_ELEMENTS, "cpu", 200)
+    monkeypatch.setattr(blocks, "BLOCK", 7)
+    monkeypatch.setitem(plan._BLOCK_ELEMENTS, "cpu", 200)
     for actual, exact in zip(run(problem, reduction=reduction, **options), expected, strict=True):
         assert relative_error(actual, exact) < 1e-12
 
@@ -43,7 +44,7 @@ def test_whole_heads_of_other_devices(monkeypatch, options):
     problem = make_problem(MIXED)
     expected = run(problem, backend="reference", **options)
     monkeypatch.setattr(LossJob, "linear_rows", LinearRows)
-    monkeypatch.delitem(torch_plan._BLOCK_ELEMENTS, "cpu")
+    monkeypatch.delitem(plan._BLOCK_ELEMENTS, "cpu")
     for actual, exact in zip(run(problem, **options), expected, strict=True):
         assert relative_error(actual, exact) < 1e-12
 
@@ -59,12 +60,10 @@ def test_consecutive_ids_are_read_in_place(monkeypatch, first):
     rows, ids = torch.arange(count), torch.arange(first, first + size)
     shared = SharedVocabulary(ids, ids)
     units = AlignedUnits(rows, torch.ones_like(rows), rows, torch.ones_like(rows), rows + first, rows + first)
-    monkeypatch.setattr(torch_blocks, "BLOCK", 8)
-    blocks = []
-    weight_of = torch_blocks.BlockedRows._weight
-    monkeypatch.setattr(
-        torch_blocks.BlockedRows, "_weight", lambda self, block: blocks.append(block) or weight_of(self, block)
-    )
+    monkeypatch.setattr(blocks, "BLOCK", 8)
+    seen = []
+    weight_of = blocks.BlockedRows._weight
+    monkeypatch.setattr(blocks.BlockedRows, "_weight", lambda self, block: seen.append(block) or weight_of(self, block))
     gradients = []
     for backend in ("torch", "reference"):
         leaves = student.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -72,6 +71,6 @@ def test_consecutive_ids_are_read_in_place(monkeypatch, first):
             leaves[0], LMHead(leaves[1]), teacher, LMHead(teacher_weight), units, shared, backend=backend
         )
         gradients.append(torch.autograd.grad(loss, leaves))
-    assert blocks == [slice(first, first + size)] * 3  # both sides' logits and the gradient of the hidden states
+    assert seen == [slice(first, first + size)] * 3  # both sides' logits and the gradient of the hidden states
     for actual, exact in zip(*gradients, strict=True):
         assert relative_error(actual, exact) < 1e-12

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from simct_kernels import AlignedUnits, LMHead, PrefixTables, bpm_loss
-from simct_kernels.bpm import _plan
-from simct_kernels.prefix_reference import bpm_losses
-from simct_kernels.segments import expand
+from simct_kernels.objectives.bpm import _plan
+from simct_kernels.objectives.segments import expand
+from simct_kernels.reference.prefix import bpm_losses
 
 from .cases import make_shared, relative_error
 from .prefix_cases import BOTH, LOSSES, PrefixProblem, prefix_problem, run

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from simct_kernels import LMHead, linear_simct_loss, torch_plan
+from simct_kernels import LMHead, linear_simct_loss
+from simct_kernels.torch_backend import plan
 
 from .cases import Problem, make_problem, make_shared, make_units
 
@@ -50,7 +51,7 @@ def big_problem(student_rows: int, shared_size: int, student_vocabulary: int, te
 
 @pytest.mark.parametrize("options", [{}, {"beta": 0.5}, {"top_k": 16}, {"reduction": "none"}], ids=str)
 def test_nothing_of_rows_by_vocabulary_exists(monkeypatch, options):
-    monkeypatch.setitem(torch_plan._AUTO_ELEMENTS, "cpu", 1 << 21)  # in proportion to the small sizes
+    monkeypatch.setitem(plan._AUTO_ELEMENTS, "cpu", 1 << 21)  # in proportion to the small sizes
     problem = big_problem(2048, 8_000, 20_000, 18_000)
     with RecordSizes() as record:
         linear_simct_loss(*problem.arguments(), **options).sum().backward()

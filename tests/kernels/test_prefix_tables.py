@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simct_kernels import PrefixTables
-from simct_kernels.prefix_reference import _groups, _home
+from simct_kernels.reference.prefix import _groups, _home
 
 from .prefix_cases import ENDS, vocabulary
 

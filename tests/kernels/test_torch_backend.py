@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from simct_kernels import AlignedUnits, LMHead, SharedVocabulary, linear_simct_loss, simct_loss, torch_rows
+from simct_kernels import AlignedUnits, LMHead, SharedVocabulary, linear_simct_loss, simct_loss
+from simct_kernels.torch_backend import rows as backend_rows
 
 from .cases import MIXED, Problem, make_problem, relative_error
 
@@ -271,9 +272,9 @@ def test_huge_logits(options):
 @pytest.mark.parametrize("size", [1.0, 1e-9, 1e6, 0.0])
 def test_products_in_float16_keep_small_gradients(monkeypatch, size):
     """As on a GPU, where 16-bit operands are multiplied into 32 bits. Near its teacher a student's gradients are tiny."""
-    monkeypatch.setattr(torch_rows, "product", lambda left, right: left.float() @ right.float())
+    monkeypatch.setattr(backend_rows, "product", lambda left, right: left.float() @ right.float())
     problem = make_problem(bias=False).to(torch.float16)
-    rows = torch_rows.LinearRows(
+    rows = backend_rows.LinearRows(
         problem.student_hidden,
         problem.student_head,
         problem.shared.student_ids,

@@ -58,5 +58,3 @@ def small_tiles(monkeypatch):
     }
     monkeypatch.setattr(tiles, "SEGMENT", 8)
     monkeypatch.setattr(tiles, "TILES", {architecture: small for architecture in tiles.TILES})
-    fused = dict.fromkeys(("scores", "gradient", "scores32", "gradient32"), tiles.FusedTile(4, 32, 8, 4, 2))
-    monkeypatch.setattr(tiles, "FUSED_TILES", {architecture: fused for architecture in tiles.FUSED_TILES})

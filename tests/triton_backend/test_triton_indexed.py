@@ -7,8 +7,8 @@ import torch
 from kernels.cases import relative_error
 from triton_cases import DEVICE
 
-from simct_kernels import torch_divergence
 from simct_kernels.options import LossOptions
+from simct_kernels.torch_backend.divergence import divergence
 from simct_kernels.triton_backend import indexed, small, tiles
 
 TOLERANCES = [(torch.float32, 1e-6), (torch.bfloat16, 1e-6), (torch.float16, 1e-6)]  # of the same rounded inputs
@@ -117,7 +117,7 @@ def test_small_divergence(size, beta):
     s[1, 0] = t[2, size // 2] = s[3, -1] = t[3, -1] = -math.inf
     s[4, 0], t[5, 0], s[6], t[7], s[8, 0] = math.nan, math.nan, -math.inf, -math.inf, math.inf
     s[9, 0], t[9, 0] = -1e3, -math.inf  # infinite where the probability before it underflows
-    expected, expected_gradient = torch_divergence.divergence(s.double(), t.double(), options, True)
+    expected, expected_gradient = divergence(s.double(), t.double(), options, True)
     s, t = s.to(DEVICE), t.to(DEVICE)
     losses, gradient = small.divergence(s, t, options, True)
     close = {"rtol": 1e-5, "atol": 1e-6, "equal_nan": True}
@@ -131,6 +131,6 @@ def test_a_divergence_too_wide_for_one_program():
     s, t = torch.randn(2, 2, small.LARGEST + 1, generator=torch.Generator().manual_seed(0))
     for needs_grad in (True, False):
         losses, gradient = small.divergence(s, t, LossOptions(), needs_grad)
-        expected, expected_gradient = torch_divergence.divergence(s.clone(), t, LossOptions(), needs_grad)
+        expected, expected_gradient = divergence(s.clone(), t, LossOptions(), needs_grad)
         assert losses.equal(expected)
         assert gradient is None if expected_gradient is None else gradient.equal(expected_gradient)

@@ -55,12 +55,3 @@ def test_all_architectures_have_all_kernels():
     for table in tiles.TILES.values():
         assert set(table) == kernels
         assert all(triton.next_power_of_2(shape.block) == shape.block for shape in table.values())
-
-
-def test_fused_kernels_share_their_columns():
-    """What the scores leave behind of a tile is what the gradient reads of it."""
-    assert tiles.FUSED_TILES.keys() == tiles.TILES.keys()
-    for table in tiles.FUSED_TILES.values():
-        assert set(table) == {"scores", "gradient", "scores32", "gradient32"}
-        assert table["scores"].block == table["gradient"].block
-        assert table["scores32"].block == table["gradient32"].block

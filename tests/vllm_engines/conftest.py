@@ -16,9 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from simct.data.prompts import render_prompt
 from simct.demo import ASSETS
-from simct.prompts import render_prompt
-from simct.rollout import Sampling, StaticBatching
+from simct.rollouts.protocol import Sampling
+from simct.rollouts.transformers_engines import StaticBatching
 
 MAX_MODEL_LEN = 128
 TEXTS = ["The", "Return the", "This method is called", "If the", "A list of names that", "The"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from simct.vllm_engine import ColocatedVLLM, colocated_from_model
+from simct.rollouts.vllm_engine import ColocatedVLLM, colocated_from_model
 
 from .conftest import MAX_MODEL_LEN, greedy, plain, take_steps
 from .engine_contract import EngineContract

@@ -3,7 +3,7 @@ from contextlib import suppress
 
 import pytest
 
-from simct.vllm_server import ServedVLLM
+from simct.rollouts.vllm_server import ServedVLLM
 
 from .conftest import MAX_MODEL_LEN, greedy, plain
 from .engine_contract import EngineContract

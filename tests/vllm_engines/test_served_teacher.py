@@ -17,7 +17,7 @@ from served_contract import VOCABULARY, ServedContract, local, samples  # noqa: 
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from simct.demo import ASSETS
-from simct.served_teacher import ServedTeacher
+from simct.teachers.served import ServedTeacher
 
 from .conftest import free_port, run_server
 
@@ -99,7 +99,7 @@ def start(output, **options):
     }  # fmt: skip
     words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
     # A child of a shell: one of this process would begin with this process's peak of memory as its own.
-    command = ["/bin/sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-m", "simct.cli", "train", *words]
+    command = ["/bin/sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-m", "simct.commands.cli", "train", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -24,7 +24,7 @@ def trained(folder, student_folder, engine, **options):
         "disable_tqdm": True, "rollout_engine": engine, **options,
     }  # fmt: skip
     words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "simct.cli", "train", *words]
+    command = [sys.executable, "-m", "simct.commands.cli", "train", *words]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -1,0 +1,323 @@
+"""What `simct train ... --dry-run` prints: the resolved options, the pair, and whether the run will fit, before anything is loaded.
+
+Models are made from their configurations on the meta device; no weights are read or allocated.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from simct.data.prompts import prompt_of, render_prompt
+from simct.data.records import read_prompts
+from simct.inspection.tables import coverage_table, pair_table
+from simct.models.loading import SOURCE
+from simct.pairing.pair import TokenizerPair
+from simct.teachers.served import check_objective
+from simct.training.memory import RESERVE, MemoryEstimate, device_memory, estimate, fits, memory_table
+
+MEASURED_PROMPTS = 1000  # of which the longest is the length to be expected
+COVERAGE_PROMPTS = 200
+SECRETS = ("hub_token", "push_to_hub_token")
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What was found. `changes` are options that would make the run fit, [] if it does, None if none of those known here would."""
+
+    memory: MemoryEstimate
+    fits: bool
+    changes: list[str] | None
+    steps: int
+    tokens_per_step: int
+
+
+def describe(
+    run,
+    config,
+    console: Console,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    assume_memory_gb: float | None = None,
+    peft_config=None,
+) -> DryRun:
+    """Prints what a run would be and whether its device has the memory for it.
+
+    Args:
+        run: `RunArguments`: student, teacher and data by name.
+        config: the run's `SimCTConfig`.
+        recipe: the options that a recipe or a configuration file set, to say where a value comes from.
+        assume_memory_gb: the memory of the device that the run is meant for; that of this machine's if not given.
+        peft_config: the adapter that the student is trained with, if any.
+
+    Raises:
+        ValueError: a data file, tokenizer or model configuration that cannot be read, tokenizers that cannot be paired, an
+            optimiser whose memory is not known.
+    """
+    if assume_memory_gb is not None and not assume_memory_gb > 0:
+        raise ValueError(f"assume_memory_gb is {assume_memory_gb}: expected a number above 0")
+    records = read_prompts(run.data)
+    student = meta_model(run.student, "student", {"dtype": torch.float32, **(config.model_init_kwargs or {})})
+    dtype = torch.float32 if config.device.type == "cpu" and assume_memory_gb is None else torch.bfloat16
+    teacher = None  # behind a server: its tokenizer alone is here
+    if config.teacher_url:
+        check_objective(config)
+    else:
+        teacher = meta_model(run.teacher, "teacher", {"dtype": dtype, **(config.teacher_model_init_kwargs or {})})
+    tokenizers = [_tokenizer(run.student, "student"), _tokenizer(run.teacher, "teacher")]
+    pair = TokenizerPair(
+        *tokenizers,
+        config.special_tokens,
+        alignment=config.alignment,
+        student_generation_config=_generation_config(run.student),
+        teacher_generation_config=_generation_config(run.teacher),
+        student_vocabulary_size=student.get_output_embeddings().weight.shape[0],
+        chat=config.prompt_format != "text",
+    )
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        with torch.device("meta"):
+            student = get_peft_model(student, peft_config)
+
+    console.print(options_table(run, config, recipe or {}))
+    console.print(pair_table(pair, *tokenizers))
+    prompts = [prompt_of(record) for record in records[:MEASURED_PROMPTS]]
+    texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts[:COVERAGE_PROMPTS]]
+    console.print(coverage_table(pair.coverage(texts)), "of the first prompts' own text\n")
+
+    lengths = [len(render_prompt(prompt, tokenizers[0], config.prompt_format)) for prompt in prompts]
+    numbers = numbers_of(config, student, max(lengths), len(pair.shared), on_cpu=dtype == torch.float32)
+    memory = estimate(student, teacher, **numbers)
+    available = int(assume_memory_gb * 1e9) if assume_memory_gb else device_memory(config.device)
+    console.print(memory_table(memory, available))
+
+    prompts_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    steps = config.max_steps if config.max_steps > 0 else _epoch_steps(len(records), prompts_per_step, config)
+    responses = prompts_per_step * _get(config, "num_generations", 1)
+    tokens = responses * config.max_new_tokens
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    console.print(
+        f"{len(records):,} prompts, of at most {max(lengths):,} student tokens; {steps:,} optimiser steps of {prompts_per_step:,} "
+        f"prompts and {responses:,} responses: at most {tokens:,} response tokens each. "
+        f"{trained:,} of the student's {sum(p.numel() for p in student.parameters()):,} weights are trained.",
+        highlight=False,
+    )
+    _warn_of_context(console, student, lengths, config.max_new_tokens)
+    for note in _notes(config, student, teacher):
+        console.print(note, style="yellow", markup=False, highlight=False)
+
+    fitting = fits(memory, available)
+    changes = [] if fitting else changes_that_fit(student, teacher, numbers, available)
+    console.print(_verdict(memory, available, changes), highlight=False)
+    return DryRun(memory, fitting, changes, steps, tokens)
+
+
+def meta_model(name: str, role: str, init_kwargs: Mapping[str, Any]) -> nn.Module:
+    """A model of the named configuration on the meta device. ValueError if there is no such configuration."""
+    source = {key: value for key, value in init_kwargs.items() if key in SOURCE}
+    shape = {key: value for key, value in init_kwargs.items() if key in ("attn_implementation", "dtype")}
+    try:
+        dtype = shape.get("dtype")
+        if isinstance(dtype, str) and dtype != "auto":
+            shape["dtype"] = getattr(torch, dtype)
+        config = AutoConfig.from_pretrained(name, **source)
+        if dtype == "auto":
+            shape["dtype"] = config.dtype or torch.float32
+        trust = {key: value for key, value in source.items() if key == "trust_remote_code"}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, **shape, **trust)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(f"{role} {name!r} has no configuration of a causal language model: {error}") from error
+    return model.requires_grad_(role == "student")
+
+
+def numbers_of(
+    config, student: nn.Module, prompt_tokens: int, shared_tokens: int, *, on_cpu: bool = False
+) -> dict[str, Any]:
+    """The arguments of `estimate` that a configuration means, with prompts of so many tokens."""
+    generations = _get(config, "num_generations", 1)
+    sequence = prompt_tokens + config.max_new_tokens
+    # Sequences are never cut: one that is longer than the budget goes through alone.
+    whole = config.per_device_train_batch_size * generations * sequence
+    budget = _get(config, "max_tokens_per_batch", None)
+    compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+    weights = next(p.dtype for p in student.parameters() if p.is_floating_point())
+    copy = _get(config, "rollout_dtype", None)
+    if copy is None and config.bf16 and weights == torch.float32 and not on_cpu:
+        copy = "bfloat16"
+    copy = getattr(torch, copy) if copy else None
+    cache = _get(config, "kv_cache_gb", None)
+    return dict(
+        batch_tokens=whole if budget is None else max(sequence, min(whole, budget)),
+        prompt_tokens=prompt_tokens,
+        response_tokens=config.max_new_tokens,
+        rollouts=config.per_device_train_batch_size * config.gradient_accumulation_steps * generations,
+        optim=str(getattr(config.optim, "value", config.optim)),
+        compute_dtype=compute,
+        gradient_checkpointing=bool(config.gradient_checkpointing or _get(config, "activation_checkpointing", False)),
+        rollout_dtype=copy if copy != weights else None,
+        kv_cache_bytes=None if cache is None else int(cache * 1e9),
+        shared_tokens=shared_tokens,
+        chunk_rows=config.chunk_rows,
+        offload_teacher=bool(_get(config, "offload_teacher", False)),
+        device_type="cpu" if on_cpu else "cuda",
+        objective=_get(config, "objective", "simct"),
+        teacher_top_k=_get(config, "teacher_top_k", 64),
+    )
+
+
+def changes_that_fit(
+    student: nn.Module, teacher: nn.Module | None, numbers: Mapping[str, Any], available: int
+) -> list[str] | None:
+    """Options of `simct train` that bring the estimate below the memory, the cheapest first and none that does not help; None
+    if all of them together do not."""
+    numbers, changes = dict(numbers), []
+    sequence = numbers["prompt_tokens"] + numbers["response_tokens"]
+    cache = 8_000_000_000
+    steps = [
+        ("--gradient_checkpointing true", {"gradient_checkpointing": True}),
+        (f"--max_tokens_per_batch {sequence}", {"batch_tokens": min(sequence, numbers["batch_tokens"])}),
+        (f"--kv_cache_gb {cache / 1e9:.0f}", {"kv_cache_bytes": min(numbers["kv_cache_bytes"] or cache, cache)}),
+        ("--offload_teacher true", {"offload_teacher": True}),
+        ("--optim adamw_bnb_8bit", {"optim": "adamw_bnb_8bit"}),
+        ("--kv_cache_gb 2", {"kv_cache_bytes": min(numbers["kv_cache_bytes"] or cache, 2_000_000_000)}),
+    ]
+    memory = estimate(student, teacher, **numbers)
+    for option, change in steps:
+        changed = estimate(student, teacher, **{**numbers, **change})
+        too_large = [phase for phase in ("rollout", "teacher", "student") if memory.phase(phase) > _usable(available)]
+        if all(changed.phase(phase) >= memory.phase(phase) for phase in too_large):
+            continue
+        numbers.update(change)
+        changes = [known for known in changes if known.split()[0] != option.split()[0]] + [option]
+        memory = changed
+        if fits(memory, available):
+            return changes
+    return None
+
+
+def options_table(run, config, recipe: Mapping[str, Any]) -> Table:
+    """The options that differ from the defaults, and whether the recipe or the command line set them."""
+    table = Table(title="Options that differ from the defaults")
+    for column in "option", "value", "default", "set by":
+        table.add_column(column, overflow="fold")
+    default = type(config)(output_dir=config.output_dir, use_cpu=config.use_cpu)
+    rows = [(field.name, getattr(run, field.name), field.default) for field in dataclasses.fields(run)]
+    rows += [
+        (field.name, getattr(config, field.name), getattr(default, field.name))
+        for field in dataclasses.fields(config)
+        if field.init and field.name not in SECRETS
+    ]
+    for name, value, usual in rows:
+        if name == "activation_checkpointing" and value == config.gradient_checkpointing:
+            continue  # the same option under its new name
+        needed = usual is dataclasses.MISSING
+        if not needed and value == usual and not (name == "output_dir" and name in recipe):
+            continue
+        given = recipe.get(name)
+        origin = "recipe" if name in recipe and _same(value, given) else "command line"
+        if origin == "command line" and name in recipe:
+            origin += f" (recipe: {_show(given)})"
+        table.add_row(*(Text(text) for text in (name, _show(value), "" if needed else _show(usual), origin)))
+    return table
+
+
+def _verdict(memory: MemoryEstimate, available: int, changes: list[str] | None) -> Text:
+    peak, room = f"{memory.peak / 1e9:.1f} GB in its {memory.peak_phase} phase", f"{_usable(available) / 1e9:.1f} GB"
+    if changes == []:
+        return Text(f"It fits: {peak}, of {room}.", style="green")
+    text = f"It will NOT fit: {peak}, but only {room} of {available / 1e9:.1f} GB can be used. "
+    if changes is None:
+        text += (
+            "No change of options known here is enough: train an adapter (LoRA), shorten max_new_tokens, quantise the teacher, or "
+            "share the student among several devices (FSDP)."
+        )
+    else:
+        text += f"It would fit with {' '.join(changes)}"
+    return Text(text, style="bold red")
+
+
+def _notes(config, student: nn.Module, teacher: nn.Module | None) -> list[str]:
+    notes = []
+    if teacher is None:
+        notes.append(f"The teacher is served at {config.teacher_url}: its memory is not counted, and it was not asked.")
+    for role, model, options in (
+        ("student", student, config.model_init_kwargs),
+        ("teacher", teacher, config.teacher_model_init_kwargs),
+    ):
+        if model is None:
+            continue
+        if getattr(model.config, "quantization_config", None) or "quantization_config" in (options or {}):
+            notes.append(f"The {role} is quantised: its weights take less than is counted here.")
+    if config.fsdp:
+        notes.append("FSDP shares weights, gradients and optimiser states among the processes: not counted here.")
+    if getattr(student.config.get_text_config(), "_attn_implementation", None) == "eager":
+        notes.append(
+            "The student's attention is eager: it keeps heads x length scores for each token. If the model has it, "
+            '--model_init_kwargs \'{"attn_implementation": "flash_attention_2"}\' keeps none.'
+        )
+    return notes
+
+
+def _warn_of_context(console: Console, student: nn.Module, lengths: list[int], new_tokens: int) -> None:
+    limit = getattr(student.config.get_text_config(), "max_position_embeddings", None)
+    too_long = sum(length + new_tokens > limit for length in lengths) if limit else 0
+    if too_long:
+        console.print(
+            f"{too_long:,} of the first {len(lengths):,} prompts leave no room for {new_tokens:,} tokens in the "
+            f"student's context of {limit:,}: the run would refuse them (--max_new_tokens, --on_bad_row skip).",
+            style="bold red",
+            highlight=False,
+        )
+
+
+def _epoch_steps(records: int, prompts_per_step: int, config) -> int:
+    per_epoch = records // prompts_per_step if config.dataloader_drop_last else math.ceil(records / prompts_per_step)
+    return math.ceil(config.num_train_epochs * max(1, per_epoch)) * _get(config, "num_iterations", 1)
+
+
+def _tokenizer(name: str, role: str):
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the {role}'s tokenizer cannot be loaded from {name!r}: {error}") from error
+
+
+def _generation_config(name: str) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:  # not every model has one
+        return None
+
+
+def _usable(available: int) -> float:
+    return available * (1 - RESERVE)
+
+
+def _get(config, name: str, default):
+    value = getattr(config, name, default)
+    return default if value is None else value
+
+
+def _same(value, given) -> bool:
+    return _show(value) == _show(given) or (isinstance(value, float) and _number(given) == value)
+
+
+def _number(value) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _show(value) -> str:
+    return str(getattr(value, "value", value))

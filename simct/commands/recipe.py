@@ -1,0 +1,95 @@
+"""The recipes that ship with the package: option files for `simct train --recipe` and its neighbours, by name.
+
+A recipe is a YAML file in `simct/recipes/PAIR/`; its name is `PAIR/STEP`, such as `qwen2.5-7b_gemma-2-2b/distil`.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+STEPS = ("answers", "sft", "distil", "distil-public", "eval")  # in the order of the work
+COMMANDS = {
+    "answers": "simct answers",
+    "sft": "trl sft --config",
+    "distil": "simct train --recipe",
+    "distil-public": "simct train --recipe",
+    "eval": "simct eval",
+}
+
+
+def list_recipes() -> list[str]:
+    """All names, pair by pair, in the order in which their steps are run."""
+    names = [f"{path.parent.name}/{path.stem}" for path in FOLDER.glob("*/*.yaml")]
+    return sorted(names, key=lambda name: (_pair(name), STEPS.index(_step(name)) if _step(name) in STEPS else 99, name))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe of this package, or a YAML file of the user's own by its path.
+
+    Raises ValueError for any other name; the message names what there is.
+    """
+    known = list_recipes()
+    if name in known:
+        return FOLDER / f"{name}.yaml"
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        return Path(name)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise ValueError(f"recipe {name!r} does not exist{hint}: expected a YAML file or one of {', '.join(known)}")
+
+
+def recipe_options(path: str | Path) -> dict[str, Any]:
+    """A recipe's options by name. ValueError for a file that is no mapping, or that names an option twice."""
+    try:
+        options = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_NoRepeats)
+    except OSError as error:
+        raise ValueError(f"recipe {str(path)!r} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {str(path)!r} is not YAML: {error}") from None
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise ValueError(f"recipe {str(path)!r} holds {type(options).__name__}: expected a mapping of options")
+    return options
+
+
+def recipe_summary(path: str | Path) -> str:
+    """The comment in a recipe's first line."""
+    first = Path(path).read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.lstrip("# ").rstrip() if first.startswith("#") else ""
+
+
+def recipe_table() -> Table:
+    """What `simct recipes` shows."""
+    table = Table(title="Recipes")
+    table.add_column("name", no_wrap=True)
+    table.add_column("run with")
+    table.add_column("what it is")
+    last = None
+    for name in list_recipes():
+        if last not in (None, _pair(name)):
+            table.add_section()
+        last = _pair(name)
+        table.add_row(name, COMMANDS.get(_step(name), ""), recipe_summary(FOLDER / f"{name}.yaml"))
+    return table
+
+
+def _pair(name: str) -> str:
+    return name.split("/")[0]
+
+
+def _step(name: str) -> str:
+    return name.split("/")[-1]
+
+
+class _NoRepeats(yaml.SafeLoader):
+    """Refuses a key that comes twice: of two `units:` the file would silently mean the second."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"option {key!r} is there twice")
+        return super().construct_mapping(node, deep)

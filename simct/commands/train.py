@@ -1,0 +1,181 @@
+"""`simct train`: a run from the command line, its recipe, its dry run, its tables and curves."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simct.commands.options import option_files, with_option_files
+from simct.console import UsageError, console
+
+
+@dataclass
+class RunArguments:
+    """What a training run reads. Every option of `SimCTConfig` is an option of `simct train` as well."""
+
+    student: str = field(metadata={"help": "The student: a folder or hub name."})
+    teacher: str = field(
+        metadata={
+            "help": "The teacher: a folder or hub name (with teacher_url: of its tokenizer); or several, as JSON, by the names in "
+            "the column `teacher`."
+        }
+    )
+    data: str = field(
+        metadata={
+            "help": "Prompts: a JSONL or Parquet file, a folder of either, or a hub data set (name or name:config)."
+        }
+    )
+    data_split: str = field(default="train", metadata={"help": "Split of a folder or hub data set."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read and check the data while training (needs max_steps)."}
+    )
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out prompts, evaluated before and after."})
+    eval_prompts: int = field(default=0, metadata={"help": "Without eval_data: hold out this many prompts of data."})
+    peft_config: str | None = field(
+        default=None,
+        metadata={"help": 'Train an adapter: a PEFT configuration as JSON, {"peft_type": "LORA", "r": 16, ...}.'},
+    )
+    merge_adapter: bool = field(default=False, metadata={"help": "Save the student with its adapter merged."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print the resolved options, the pair and the memory by part, and stop."}
+    )
+    assume_memory_gb: float | None = field(
+        default=None, metadata={"help": "dry_run: the memory of the device that the run is meant for."}
+    )
+
+
+def train(argv: list[str]) -> None:
+    """`simct train --student S --teacher T --data DATA [--recipe NAME] [--config FILE.yaml] [any SimCTConfig option]`."""
+    from transformers import HfArgumentParser
+
+    from simct.data.prompts import prompt_of
+    from simct.inspection.samples import SamplePages
+    from simct.inspection.tables import coverage_table, pair_table
+    from simct.training.config import SimCTConfig, from_json
+    from simct.training.plots import evaluation_table, plot_curves, plot_phases
+    from simct.training.progress import ProgressBar
+    from simct.training.trainer import SimCTTrainer
+
+    parser = HfArgumentParser(
+        (RunArguments, SimCTConfig), prog="simct train", description=train.__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--recipe", help="a recipe of this package (simct recipes), weaker than --config")
+    parser.add_argument("--config", help="YAML file with any of these options; the command line takes precedence")
+    try:
+        words = with_option_files(argv)
+        run, config, _ = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+        adapter = read_adapter(run.peft_config)
+        if run.merge_adapter and adapter is None:
+            raise ValueError("merge_adapter is True, but there is no peft_config: expected an adapter to merge")
+        if run.dry_run:
+            fits = dry_run(run, config, argv, adapter)
+        else:
+            records, held_out = read_data(run, config)
+            resume = checkpoint(config.resume_from_checkpoint, config.output_dir)
+            teacher = from_json("teacher", run.teacher)
+            trainer = SimCTTrainer(run.student, teacher, config, records, held_out, peft_config=adapter)
+            if config.inspect_samples:
+                trainer.add_callback(SamplePages(trainer))
+            bar = ProgressBar.install(trainer, console)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        raise UsageError(error) from error
+    if run.dry_run:
+        raise SystemExit(0 if fits else 1)
+
+    if trainer.is_world_process_zero():
+        for name, scorer in trainer.scorers.items():
+            if len(trainer.scorers) > 1:
+                console.print(f"teacher {name!r}", highlight=False)
+            console.print(pair_table(scorer.pair, trainer.processing_class, scorer.teacher.tokenizer))
+        if hasattr(records, "__len__"):
+            prompts = (prompt_of(records[i]) for i in range(min(len(records), 200)))
+            texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+            console.print(coverage_table(trainer.pair.coverage(texts)), "of the first prompts' own text\n")
+    before = evaluate(trainer) if held_out is not None and not resume else None
+    with bar:
+        trainer.train(resume_from_checkpoint=resume)
+    after = evaluate(trainer) if held_out is not None else None
+    if run.merge_adapter:
+        trainer.save_merged(config.output_dir)
+    else:
+        trainer.save_model()
+    if trainer.is_world_process_zero():
+        if before:
+            trainer.state.log_history.insert(0, {"step": 0, **before})
+        curves, timeline = (Path(config.output_dir) / name for name in ("curves.png", "timeline.png"))
+        plot_curves(trainer.state.log_history, curves)
+        plot_phases(trainer.state.log_history, timeline)
+        trainer.state.save_to_json(str(Path(config.output_dir) / "trainer_state.json"))
+        if before and after:
+            console.print(evaluation_table(before, after))
+        console.print(
+            f"student:  {config.output_dir}\ncurves:   {curves}\ntimeline: {timeline}", highlight=False, soft_wrap=True
+        )
+
+
+def read_data(run: RunArguments, config):
+    """The records to train on and the held-out ones (None if there are none)."""
+    from simct.data.records import load_records
+
+    options = dict(on_bad_row=config.on_bad_row)  # what is skipped is a warning
+    records = load_records(run.data, split=run.data_split, streaming=run.streaming, **options)
+    if run.streaming and run.eval_prompts:
+        raise ValueError(f"eval_prompts is {run.eval_prompts}, but the data are streamed: expected eval_data")
+    if run.eval_data:
+        return records, load_records(run.eval_data, split=run.data_split, **options)
+    if not run.eval_prompts:
+        return records, None
+    if not 0 <= run.eval_prompts < len(records):
+        raise ValueError(
+            f"eval_prompts is {run.eval_prompts}: expected fewer than the {len(records)} records of {run.data}"
+        )
+    cut = len(records) - run.eval_prompts
+    if hasattr(records, "select"):
+        return records.select(range(cut)), records.select(range(cut, len(records)))
+    return records[:cut], records[cut:]
+
+
+def read_adapter(given: str | None):
+    """The PEFT configuration that JSON on the command line, or a mapping in a YAML file, describes."""
+    from simct.training.config import from_json
+
+    if given is None:
+        return None
+    options = from_json("peft_config", given)
+    if not isinstance(options, dict):
+        raise ValueError(f"peft_config is {given!r}: expected a JSON object")
+    try:
+        from peft import get_peft_config
+    except ImportError:
+        raise ValueError("peft_config is given, but peft is not installed: pip install 'simct[peft]'") from None
+    try:
+        return get_peft_config({"peft_type": "LORA", "task_type": "CAUSAL_LM", **options})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"peft_config is {given!r}: {error}") from error
+
+
+def dry_run(run: RunArguments, config, argv: list[str], adapter) -> bool:
+    """Prints what the run would be; whether it fits."""
+    from simct.commands.dry_run import describe
+
+    given = {}
+    for options in option_files(argv)[0]:
+        given.update(options)
+    result = describe(run, config, console, recipe=given, assume_memory_gb=run.assume_memory_gb, peft_config=adapter)
+    return result.fits
+
+
+def checkpoint(asked: str | None, folder: str) -> str | None:
+    """The checkpoint to resume from: a path, or "latest" for the newest whole one in the output folder. ValueError if it is not
+    there."""
+    from simct.training.checkpoints import newest_complete
+
+    if asked is None or asked.lower() == "false":
+        return None
+    found = newest_complete(folder) if asked.lower() in ("latest", "true") else asked
+    if found is None or not Path(found).is_dir():
+        raise ValueError(f"resume_from_checkpoint is {asked!r}: there is no such checkpoint (output_dir {folder!r})")
+    return found
+
+
+def evaluate(trainer) -> dict[str, float]:
+    with console.status("evaluating on held-out prompts"):
+        return trainer.evaluate()

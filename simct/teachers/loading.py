@@ -1,0 +1,75 @@
+"""Teachers by name: models loaded here, and those behind an address."""
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
+
+from simct.models.loading import SOURCE, load_model, load_tokenizer
+from simct.teachers.local import LocalTeacher
+from simct.teachers.served import ServedTeacher, check_objective, check_server_options
+
+Teacher = str | PreTrainedModel | LocalTeacher | ServedTeacher
+
+
+def load_teachers(
+    teacher: Teacher | dict[str, Teacher], tokenizers, args: Any, student: PreTrainedModel
+) -> dict[str, LocalTeacher | ServedTeacher]:
+    """Teachers by name; a single one goes by the name "teacher". `tokenizers`: one, or by the same names, or None. `args`: a
+    `SimCTConfig`.
+
+    ValueError for one that cannot be loaded, for the student's own model object, and for options that a served teacher cannot
+    follow. `ServedTeacher` has more to say of a server.
+    """
+    several = isinstance(teacher, dict)
+    if several and not teacher:
+        raise ValueError("teacher is an empty mapping: expected at least one teacher")
+    if several and tokenizers is not None and not isinstance(tokenizers, dict):
+        raise ValueError("teacher_processing_class is one tokenizer: expected a mapping, as teacher is one")
+    teachers = teacher if several else {"teacher": teacher}
+    urls = args.teacher_url or {}
+    if isinstance(urls, str):
+        urls = {name: urls for name in teachers}
+    if len(urls) > 1 and isinstance(args.teacher_url, str) or not urls.keys() <= teachers.keys():
+        raise ValueError(
+            f"teacher_url is {args.teacher_url!r}: expected addresses by the teachers' names, {', '.join(teachers)}"
+        )
+    if urls or any(isinstance(model, ServedTeacher) for model in teachers.values()):
+        check_objective(args)
+    found = {}
+    for name, model in teachers.items():
+        label = f"teacher {name!r}" if several else "teacher"
+        own = tokenizers.get(name) if isinstance(tokenizers, dict) else tokenizers
+        if name in urls:
+            found[name] = load_served(model, urls[name], own, args, label)
+            continue
+        if isinstance(model, (LocalTeacher, ServedTeacher)):
+            found[name] = model
+            continue
+        dtype = torch.float32 if args.device.type == "cpu" else torch.bfloat16
+        options = {"dtype": dtype, **(args.teacher_model_init_kwargs or {})}
+        if args.device.type == "cuda" and "attn_implementation" not in options and is_flash_attn_2_available():
+            options["attn_implementation"] = "flash_attention_2"
+        model = load_model(model, label, **options)
+        if model is student:
+            raise ValueError(f"{label} is the student's own model object: it would be frozen, load it twice")
+        found[name] = LocalTeacher(model, load_tokenizer(own, model, label, **options))
+    return found
+
+
+def load_served(
+    folder: Teacher, url: str, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str
+) -> ServedTeacher:
+    """The teacher at an address. Of its folder (or hub name) only the tokenizer and the generation configuration are read."""
+    if not isinstance(folder, str):
+        raise ValueError(f"{label} is a {type(folder).__name__}, but teacher_url is given: expected its name or folder")
+    source = {k: v for k, v in (args.teacher_model_init_kwargs or {}).items() if k in SOURCE}
+    tokenizer = load_tokenizer(tokenizer, folder, label, **source)
+    try:
+        generation = GenerationConfig.from_pretrained(folder, **{k: v for k, v in source.items() if k != "gguf_file"})
+    except OSError:  # a folder with only a tokenizer
+        generation = None
+    options = args.teacher_server_kwargs or {}
+    check_server_options(options)
+    return ServedTeacher(url, tokenizer, top_k=args.teacher_top_k, generation_config=generation, **options)

@@ -1,0 +1,110 @@
+"""Where teacher scores come from: a local Hugging Face model, frozen, in evaluation mode. (`simct.teachers.served`: a server.)"""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from simct.models.checks import check_head, check_vocabulary, context_length
+from simct.models.hidden import Layout, response_hidden_states
+from simct_kernels import LMHead, token_statistics
+
+Rows = tuple[Tensor, LMHead]  # hidden rows [N, H] and the head that they belong to
+
+
+@dataclass(frozen=True)
+class ServedRows:
+    """What a server says of the rows that predict response tokens; `topk_simct_loss` reads it in place of hidden rows."""
+
+    topk_ids: Tensor  # int64 [N_t, k], -1 where a vocabulary is smaller than k
+    topk_logprobs: Tensor  # float32 [N_t, k]
+    token_logprobs: Tensor  # float32 [N_t], of the responses' own tokens
+
+
+class LocalTeacher:
+    """Scores responses as hidden rows; its head is handed to the loss, which reads no more of it than it needs.
+
+    Args:
+        model: a causal language model; its parameters are frozen and it is put in evaluation mode.
+        tokenizer: the model's own.
+    Raises:
+        ValueError: no language-model head, one that covers fewer tokens than the tokenizer has, or one that computes its logits in
+            a way that `LMHead` cannot express.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        check_vocabulary(model, tokenizer, "teacher")
+        check_head(model, "teacher")
+        self.layout, self.offload = Layout(), False
+        self._head: LMHead | None = None
+
+    def place(self, device: torch.device, *, packing: str = "auto", offload: bool = False) -> None:
+        """Puts the model on the device that it scores on. `offload`: only its head; the rest waits in main memory and is on the
+        device inside `on_device()` only. (Quantised models stay where they were loaded.) `packing`: see `Layout.of`."""
+        quantised = getattr(self.model, "is_quantized", False)
+        if offload and quantised:
+            raise ValueError("offload_teacher is True, but the teacher is quantised: such weights cannot be moved")
+        if not quantised:
+            self.model.to(device)
+        self.layout = Layout.of(self.model, packing)
+        head = LMHead.from_model(self.model)
+        self.offload = offload and device.type != "cpu"
+        self._device = device
+        if self.offload:
+            # Storage of its own, so that it stays behind when the parameters leave.
+            bias = None if head.bias is None else head.bias.detach().clone()
+            head = replace(head, weight=head.weight.detach().clone(), bias=bias)
+            self.model.to("cpu")
+        self._head = head
+
+    @property
+    def head(self) -> LMHead:
+        # Made once and kept: the loss caches the rows of a frozen head that it shares with the student on this object.
+        if self._head is None:
+            self._head = LMHead.from_model(self.model)
+        return self._head
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        return self.model.generation_config
+
+    @property
+    def context_length(self) -> float:
+        """The most tokens that it can read, a response's last one not among them."""
+        return context_length(self.model)
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Inside, the model is where it scores; after it, in main memory again if it is offloaded between phases."""
+        if not self.offload:
+            yield
+            return
+        self.model.to(self._device)
+        try:
+            yield
+        finally:
+            self.model.to("cpu")
+            torch.cuda.empty_cache()
+
+    def rows(self, prompts: list[list[int]], responses: list[list[int]]) -> Rows:
+        """What the loss reads of the teacher: hidden rows [N_t, H_t], and their head."""
+        return self.hidden_states(prompts, responses), self.head
+
+    def token_logprobs(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+        """Log-probabilities [N_t] of the responses' own tokens."""
+        hidden, head = self.rows(prompts, responses)
+        tokens = torch.tensor(list(itertools.chain.from_iterable(responses)), dtype=torch.int64, device=hidden.device)
+        return token_statistics(hidden, head, tokens).logprob
+
+    @torch.no_grad()
+    def hidden_states(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+        """Hidden rows [N_t, H_t] that predict the tokens of the responses (teacher token ids, without padding)."""
+        if not any(responses):
+            return torch.empty(0, self.head.weight.shape[1], dtype=self.model.dtype, device=self.head.weight.device)
+        sequences = self.layout.build(prompts, responses).to(self.model.device)
+        return response_hidden_states(self.model, sequences)

@@ -1,0 +1,227 @@
+"""A model behind a server (`ServedModel`): what it is, whether its tokenizer is the local one, and the scores of one response."""
+
+import re
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from simct.pairing.tokens import token_bytes
+from simct.teachers.cache import same_model
+from simct.teachers.client import Refused, RetryingClient
+from simct.teachers.formats import FORMATS, Scores
+
+KEY = "SIMCT_TEACHER_API_KEY"
+
+# Encoded and scored when a server is met: what tokenizer it has, and which weights.
+PROBE = (
+    "The quick brown fox jumps over the lazy dog. In 2026, about 12,345 people lived there.\n\n"
+    "def area(radius):\n    return 3.14159 * radius ** 2  # of a circle\n\nnaïve café, 中文, Русский 👍\n"
+)
+SPREAD = 64  # tokens whose texts are compared as well
+
+
+class ServedModel:
+    """The model that a server is asked for, met once and checked.
+
+    Args:
+        client: of the server.
+        tokenizer: the model's, on this machine.
+        top_k: log-probabilities of each row that will be asked for.
+        name: one of those that the server lists; needed if there are several.
+        server: "vllm", "sglang" or "auto".
+        wait: seconds to wait for a server that is still starting.
+    Attributes:
+        name, root: the model's name there and, as far as the server says it, its path.
+        max_model_len: its context in tokens; infinite if the server does not say.
+        size: token ids of the local tokenizer.
+        fingerprint: float32 [n], its log-probabilities of a fixed text.
+    Raises:
+        ConnectionError, TimeoutError, RuntimeError: no server answers. PermissionError: it wants another key.
+        ValueError: it cannot be used, see `ServedTeacher`.
+    """
+
+    def __init__(
+        self,
+        client: RetryingClient,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        top_k: int,
+        name: str | None = None,
+        server: str = "auto",
+        wait: float = 0.0,
+    ) -> None:
+        self._pieces = token_bytes(tokenizer)
+        self.size = len(self._pieces)
+        if not 1 <= top_k <= self.size:
+            raise ValueError(
+                f"top_k (of a run: teacher_top_k) is {top_k}: expected 1 to {self.size}, the tokens of the teacher's tokenizer"
+            )
+        if server not in ("auto", *FORMATS):
+            raise ValueError(f"server is {server!r}: expected one of 'auto', {', '.join(map(repr, FORMATS))}")
+        self._client, self._tokenizer, self._top_k = client, tokenizer, top_k
+        self.base_url = client.base_url
+        entry = self._listed(name, wait)
+        self.name, self.root = entry["id"], str(entry.get("root") or "")
+        self.max_model_len: float = entry.get("max_model_len") or float("inf")
+        self.format = FORMATS[self._kind(entry, server)]()
+        self._check_spelling(wait)
+        self._check_encoding(wait)
+        self.fingerprint = self._probe(wait)
+        self._met = client.interruptions
+
+    def scores(
+        self, prompt: Sequence[int], response: Sequence[int], k: int, cancelled: threading.Event | None = None
+    ) -> Scores:
+        """Raises ValueError for what the server refuses; PermissionError, ConnectionError, TimeoutError or RuntimeError if it does
+        not answer, or answers what is no score of these tokens; Cancelled once `cancelled` is set."""
+        return self._ask(prompt, response, k, cancelled=cancelled)
+
+    def check_same(self) -> None:
+        """After a failed request: the server may have been started anew, with something else. ValueError if it was."""
+        met = self._client.interruptions
+        if met == self._met:
+            return
+        self._listed(self.name, self._client.patience)
+        if not same_model(self._probe(self._client.patience), self.fingerprint):
+            raise ValueError(
+                f"{self.base_url} came back with other weights under the name {self.name!r}: expected the teacher that the run "
+                "began with"
+            )
+        self._met = met
+
+    # ---- Requests ----
+
+    def _ask(
+        self, prompt: Sequence[int], response: Sequence[int], k: int, *, texts: dict | None = None, **options
+    ) -> Scores:
+        """`texts`: filled with the server's own text of each token in its answer."""
+        prompt, response = ([int(token) for token in ids] for ids in (prompt, response))
+
+        def read(answer: Any) -> Scores:
+            scores = self.format.scores(answer, prompt, response, k, self.size)
+            if texts is not None:
+                texts.update(self.format.texts(answer))
+            return scores
+
+        try:
+            body = self.format.request(self.name, prompt, response, k, texts is not None)
+            return self._client.call("POST", self.format.route, body, read=read, **options)
+        except Refused as error:
+            raise ValueError(self._explained(error, len(prompt) + len(response), k)) from error
+        except PermissionError as error:
+            raise self._no_key(error) from error
+
+    def _explained(self, error: Refused, tokens: int, k: int) -> str:
+        limit = re.search(r"logprobs of \d+,? which is greater than max allowed: (\d+)", error.message)
+        if limit:
+            return (
+                f"top_k (of a run: teacher_top_k) is {k}, but {self.base_url} allows {limit[1]} log-probabilities a token: "
+                f"expected at most {limit[1]}, or a server started with --max-logprobs {k}"
+            )
+        if re.search(r"context length|max_tokens must be at least 1|longer than|too long", error.message):
+            return (
+                f"prompt and response have {tokens} tokens, too many for {self.base_url}: expected fewer, or a server with a "
+                f"longer context ({error.message})"
+            )
+        unknown = re.search(r"[Tt]oken id (-?\d+) is out of vocabulary", error.message)
+        if unknown:
+            return (
+                f"{self.base_url} serves a model without token id {unknown[1]}, the tokenizer {self._tokenizer.name_or_path!r} has "
+                f"{self.size}: expected the teacher's own tokenizer"
+            )
+        if error.status == 404:
+            return f"{self.base_url} has no model {self.name!r}, or no route {self.format.route} ({error.message})"
+        return str(error)
+
+    def _no_key(self, error: PermissionError) -> PermissionError:
+        return PermissionError(f"{error}: expected a key that the server takes, in {KEY} or as api_key")
+
+    # ---- What the server is ----
+
+    def _listed(self, name: str | None, patience: float) -> dict[str, Any]:
+        """What the server says of the model."""
+        try:
+            listed = self._client.call("GET", "/v1/models", patience=patience)["data"]
+            names = [entry["id"] for entry in listed]
+        except (Refused, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.base_url} does not list its models ({error}): expected a vLLM or SGLang server"
+            ) from error
+        except PermissionError as error:
+            raise self._no_key(error) from error
+        except ConnectionError as error:
+            command = f"vllm serve TEACHER --max-logprobs {self._top_k}"
+            raise ConnectionError(f"{error}: expected a server, such as `{command}`") from error
+        if name is None and len(names) == 1:
+            return listed[0]
+        if name not in names:
+            known = ", ".join(map(repr, names)) or "none"
+            raise ValueError(f"model_name is {name!r}: expected one that {self.base_url} serves, {known}")
+        return listed[names.index(name)]
+
+    def _kind(self, entry: dict[str, Any], server: str) -> str:
+        owner = str(entry.get("owned_by") or "").lower()
+        if owner in ("llamacpp", "llama.cpp"):
+            raise ValueError(
+                f"{self.base_url} is a llama.cpp server, which has no log-probabilities of the tokens that it reads: expected a "
+                "vLLM or SGLang server, or the teacher's GGUF file as a local teacher"
+            )
+        if server != "auto":
+            return server
+        if owner not in FORMATS:
+            raise ValueError(
+                f"{self.base_url} does not say what kind of server it is (owned_by: {owner!r}): expected server='vllm' or 'sglang'"
+            )
+        return owner
+
+    def _probe(self, patience: float) -> np.ndarray:
+        """Log-probabilities of a fixed text."""
+        ids = list(self._tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+        ids = ids[: int(min(self.max_model_len - 1, len(ids)))]  # a server with a short context
+        return self._ask(ids[:1], ids[1:], self._top_k, patience=patience).token_logprobs
+
+    def _check_spelling(self, patience: float) -> None:
+        """Tokens from all over the vocabulary, its last one among them, must have the local tokenizer's texts."""
+        ordinary = [i for i, piece in enumerate(self._pieces) if piece]
+        count = int(min(SPREAD, self.max_model_len - 1))
+        ids = [ordinary[round(i * (len(ordinary) - 1) / (count - 1))] for i in range(count)]
+        texts: dict[int, str] = {}
+        self._ask(ids[:1], ids[1:], self._top_k, texts=texts, patience=patience)
+        if not any(texts.get(token) for token in ids[1:]):
+            raise ValueError(f"{self.base_url} does not say its tokens' texts: its tokenizer cannot be compared")
+        for token, theirs in texts.items():
+            if (
+                token >= self.size or not self._pieces[token]
+            ):  # filling of the head; a special token, which may have no text
+                continue
+            ours = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+            # Bytes that are no character alone have no text to compare, and white space depends on what stands beside it.
+            comparable = "\N{REPLACEMENT CHARACTER}" not in ours + theirs and theirs
+            if comparable and "".join(ours.split()) != "".join(theirs.split()):
+                raise self._other_tokenizer(f"token {token} is {theirs!r} there and {ours!r} here")
+
+    def _check_encoding(self, patience: float) -> None:
+        """vLLM encodes text on request: the same text must become the same tokens."""
+        if self.format.name != "vLLM":
+            return
+        body = {"model": self.name, "prompt": PROBE, "add_special_tokens": False}
+        try:
+            theirs = self._client.call("POST", "/tokenize", body, patience=patience)["tokens"]
+        except (Refused, PermissionError, KeyError, TypeError):  # not open to everyone: the tokens' texts were compared
+            return
+        ours = list(self._tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+        if theirs != ours:
+            first = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), 0)
+            some = slice(first, first + 4)
+            raise self._other_tokenizer(
+                f"from its token {first} on, a text is {theirs[some]} there and {ours[some]} here"
+            )
+
+    def _other_tokenizer(self, difference: str) -> ValueError:
+        return ValueError(
+            f"{self.base_url} serves {self.name!r} with another tokenizer than {self._tokenizer.name_or_path!r}: {difference}; "
+            "expected the teacher's own"
+        )

@@ -1,0 +1,126 @@
+"""What a run is checked for before any long work. Each check raises a ValueError that names the argument, its value and what was
+expected."""
+
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from simct.data.records import rows
+from simct.models.checks import context_length
+
+
+def check_datasets(train_dataset, eval_dataset) -> None:
+    """ValueError unless there are records to train on, and to evaluate on if anything is given for that."""
+    parts = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    named = [
+        ("train_dataset", train_dataset),
+        *((f"eval_dataset {name}".strip(), part) for name, part in parts.items()),
+    ]
+    for name, dataset in named:
+        if dataset is None:
+            continue
+        if not hasattr(dataset, "__len__"):
+            if name == "train_dataset" and isinstance(dataset, IterableDataset):
+                continue
+            raise ValueError(
+                f"{name} is a {type(dataset).__name__} without a length: expected a list or a datasets.Dataset"
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"{name} is empty: expected at least one record with a prompt or messages")
+
+
+def check_run(config, train_dataset, eval_dataset) -> None:
+    """What needs no model: processes, data sets, options that exclude each other, a folder to write to."""
+    if config.n_gpu > 1:
+        raise ValueError(
+            f"{config.n_gpu} GPUs in one process: expected one process for each (torchrun, accelerate launch)"
+        )
+    check_datasets(train_dataset, eval_dataset)
+    if train_dataset is not None and not hasattr(train_dataset, "__len__"):
+        if config.max_steps <= 0:
+            raise ValueError(
+                f"max_steps is {config.max_steps}, but train_dataset is streamed and has no length: expected a number of steps"
+            )
+        if config.num_iterations > 1:
+            raise ValueError(f"num_iterations is {config.num_iterations}: expected 1 with a streamed train_dataset")
+        config.accelerator_config.dispatch_batches = False  # records are no tensors: every process reads its own
+    if config.fsdp and int((config.fsdp_config or {}).get("version", 2)) != 2:
+        raise ValueError(
+            "fsdp_config names version 1: expected 2 (FSDP2), whose parameters keep their names and shapes"
+        )
+    check_writable(config.output_dir)
+
+
+def usable_records(name: str, dataset, student: nn.Module, render, scorers: dict, config):
+    """The records that can be used, and how many were skipped (0 unless `on_bad_row="skip"`).
+
+    Renders every prompt for both models (of a streamed data set none: its records are checked when they are sampled from). A prompt
+    and a whole response must fit the student's context, and a prompt its teacher's. (A response that turns out too long for the
+    teacher is cut there, and what is cut is counted.) ValueError names the first record that cannot be used, or says that none can.
+    """
+    if dataset is None or not hasattr(dataset, "__len__"):
+        return dataset, 0
+    good, first = [], None
+    for number, record in enumerate(rows(dataset)):
+        try:
+            check_record(record, student, render, scorers, config)
+            good.append(number)
+        except ValueError as error:
+            first = first or f"{name}, record {number}: {error}"
+            if config.on_bad_row == "fail":
+                raise ValueError(first) from error
+    skipped = len(dataset) - len(good)
+    if not skipped:
+        return dataset, 0
+    if not good:
+        raise ValueError(f"{name} has no record that can be used; {first}")
+    warnings.warn(f"{name}: {skipped} of {len(dataset)} records are skipped; {first}", stacklevel=3)
+    return dataset.select(good) if hasattr(dataset, "select") else [dataset[i] for i in good], skipped
+
+
+def check_record(record: dict, student: nn.Module, render, scorers: dict, config) -> None:
+    """ValueError unless the record's prompt fits both models."""
+    name = record.get("teacher") if isinstance(record, dict) else None
+    if name not in scorers:
+        if len(scorers) > 1:
+            raise ValueError(f"field 'teacher' is {name!r}: expected one of {', '.join(map(repr, scorers))}")
+        name = next(iter(scorers))
+    scorer = scorers[name]
+    for side, limit, renderer, budget in (
+        ("student", context_length(student), render, config.max_new_tokens),
+        ("teacher", scorer.teacher.context_length, scorer.render, 1),
+    ):
+        tokens = len(renderer(record))
+        if tokens + budget > limit:
+            raise ValueError(
+                f"the prompt has {tokens} {side} tokens, with max_new_tokens={config.max_new_tokens} too many for "
+                f"the {side}'s context of {limit}"
+            )
+
+
+def check_writable(folder: str) -> None:
+    """ValueError unless files can be written into the folder, which is made if it is not there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x" * 4096)
+    except OSError as error:
+        raise ValueError(f"output_dir {folder!r} cannot be written: {error}") from None
+
+
+def check_disk_space(config, model: nn.Module) -> None:
+    """ValueError unless a checkpoint fits on the disk: what is trained, and two moments of it if the optimiser is saved."""
+    if config.save_strategy == "no":
+        return
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    needed = trained * (1 if config.save_only_model else 3)
+    free = shutil.disk_usage(config.output_dir).free
+    if free < needed:
+        raise ValueError(
+            f"output_dir {config.output_dir!r} has {free / 1e9:.1f} GB free: expected {needed / 1e9:.1f} GB for one checkpoint "
+            "(save_strategy='no' writes none)"
+        )

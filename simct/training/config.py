@@ -1,0 +1,273 @@
+"""`SimCTConfig`: every option of a run, on top of `transformers.TrainingArguments`."""
+
+import json
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from simct.data.prompts import PROMPT_FORMATS
+from simct.rollouts.protocol import ENGINES, Sampling
+from simct_kernels.options import CANDIDATES, SCORES
+
+PREFIX_OBJECTIVES = ("bpm", "escd")  # they read `simct_kernels.PrefixTables`
+OBJECTIVES = ("simct", *PREFIX_OBJECTIVES, "uld", "alm")
+
+
+def option(default, help: str, **metadata):
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def one_of(name: str, value, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(map(repr, choices))}")
+
+
+def from_json(name: str, value):
+    """A mapping given as JSON on the command line; anything else as it is."""
+    if not isinstance(value, str) or not value.startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is {value!r}: expected a JSON object ({error})") from None
+
+
+@dataclass
+class SimCTConfig(TrainingArguments):
+    """Arguments of `SimCTTrainer`. Defaults of the method follow the paper (arXiv 2605.07711, Table 4).
+
+    An optimiser step reads `per_device_train_batch_size * gradient_accumulation_steps` prompts per process and samples
+    `num_generations` responses to each, all at once. How many of them go through the models at a time is `max_tokens_per_batch`'s
+    matter, and changes no result.
+    """
+
+    # The paper's optimisation (Table 4) where it differs from the TrainingArguments' defaults.
+    learning_rate: float = option(1e-6, "Peak learning rate.")
+    lr_scheduler_type: str = option("cosine", "Learning-rate schedule.")
+    warmup_steps: float = option(0.05, "Warm-up: a number of steps, or below 1 a share of the run.")
+    remove_unused_columns: bool = option(False, "Leave off: prompts are rendered by the trainer.")
+    logging_nan_inf_filter: bool = option(False, "Leave off: a NaN loss should be seen.")
+
+    # Rollouts
+    max_new_tokens: int = option(1024, "Longest response, in student tokens.")
+    temperature: float = option(0.6, "Sampling temperature of the rollouts; 0 is greedy.")
+    top_p: float = option(0.95, "Nucleus sampling of the rollouts.")
+    stop_strings: list[str] | None = option(None, "Texts that end a response.")
+    num_generations: int = option(1, "Responses to each prompt.")
+    num_iterations: int = option(1, "Optimiser steps that each batch of rollouts is used for.")
+    on_policy_fraction: float = option(
+        1.0, "Share of responses sampled by the student; the others are answers from the data, where it has one."
+    )
+    rollout_engine: str = option("auto", f"Where samples come from: {', '.join(ENGINES)}.")
+    rollout_dtype: str | None = option(
+        None,
+        "Sample from a copy of the student in this precision: float32, bfloat16, float16. Not given: bfloat16 where "
+        "float32 weights are trained with --bf16 on a GPU, else no copy.",
+    )
+    kv_cache_gb: float | None = option(None, "Memory for the rollouts' keys and values; by free memory if not given.")
+    max_logprob_gap: float = option(
+        0.2, "Warn if the engine's log-probabilities of its samples are this far from the trainer's own, on average."
+    )
+    vllm_gpu_memory_utilization: float | None = option(
+        None, "rollout_engine=vllm, in this process: its share of the GPU's memory."
+    )
+    vllm_server_url: str | None = option(None, "rollout_engine=vllm-server: where it listens, http://host:port.")
+    vllm_sync_dir: str | None = option(
+        None, "rollout_engine=vllm-server: a folder that trainer and server both see, for the weights."
+    )
+
+    # Prompts
+    prompt_format: str = option(
+        "auto", f"How prompts are rendered, for each model on its own: {', '.join(PROMPT_FORMATS)}."
+    )
+    chat_template_kwargs: dict | str | None = option(
+        None, "Options of the student's chat template, as JSON: '{\"enable_thinking\": false}'."
+    )
+    teacher_chat_template_kwargs: dict | str | None = option(
+        None, "Options of the teacher's chat template, as JSON; the student's if not given."
+    )
+    teacher_system_prompt: str | None = option(None, "A system prompt that the teacher reads and the student does not.")
+    on_bad_row: str = option("fail", "A record that cannot be used: fail, or skip it and count it.")
+
+    # Memory and speed
+    max_tokens_per_batch: int | None = option(
+        None, "Most student tokens of one forward pass; the whole per-device batch if not given."
+    )
+    packing: str = option("auto", "Packed forward passes without padding: auto (where the model allows it), on, off.")
+    offload_teacher: bool = option(False, "Keep the teacher in main memory except while it scores.")
+    on_nonfinite: str = option(
+        "stop", "A loss that is no number: stop the run, or skip the step. Either is written down."
+    )
+
+    # Objective
+    beta: float = option(1.0, "Divergence: 1 reverse KL, 0 forward KL, between them the generalised JSD.")
+    loss_temperature: float = option(1.0, "Temperature of the candidate softmax (Eq. 8).")
+    score: str = option("mean_logprob", "Score of a continuation: mean_logprob (Eq. 7), sum_logprob or mean_logit.")
+    candidates: str = option(
+        "paper", "Candidates of a unit: paper, or disjoint (no shared token overlaps the continuation)."
+    )
+    top_k: int | None = option(None, "Keep only the student's own k most probable shared tokens of each unit.")
+    teacher_mass_floor: float | None = option(
+        None, "Mask units on whose candidates the teacher puts less than this mass."
+    )
+    alignment: str = option("bytes", "bytes: the minimal partition; anchored: the rule of the authors' public code.")
+    objective: str = option(
+        "simct", "simct; on byte prefixes: bpm, escd (forward KL); baselines on the same alignment: uld, alm."
+    )
+    units: str = option(
+        "all",
+        "all: SimCT; single: only one-to-one units (SimpleOPD on the byte alignment); merged: neighbours merged at random.",
+    )
+    merge_ratio: float = option(0.3, "units=merged: the share of units that is merged with the next one.")
+    mask_longer: float = option(0.0, "Share of the longer units that is left out, at random (an ablation).")
+    special_tokens: dict | str | None = option(
+        "auto", "Student to teacher special tokens, as JSON; auto maps the end of turn."
+    )
+    backend: str = option("auto", "Backend of the loss: auto, triton, torch or reference.")
+    chunk_rows: int | None = option(
+        None, "Rows of logits that the loss holds at a time; chosen by device if not given."
+    )
+
+    # A teacher behind a server
+    teacher_url: dict | str | None = option(
+        None,
+        "The teacher is served there, http://host:port (vLLM or SGLang), and `teacher` names its tokenizer; of several teachers, "
+        "addresses by name, as JSON.",
+    )
+    teacher_top_k: int = option(64, "A served teacher's log-probabilities of each row; at most its server's limit.")
+    teacher_server_kwargs: dict | str | None = option(
+        None, "More options of ServedTeacher, as JSON: timeout, patience, wait, concurrency, cache_dir, model_name ..."
+    )
+
+    # Evaluation
+    eval_num_generations: int = option(1, "Graded answers to each held-out prompt with an `answer`.")
+    eval_temperature: float = option(0.0, "Their sampling temperature; 0 is greedy.")
+    inspect_samples: int = option(
+        0, "Responses of each evaluation that are drawn with both models' scores, as inspect-STEP.html."
+    )
+
+    # Models given as paths
+    model_init_kwargs: dict | str | None = option(
+        None, "Keyword arguments of from_pretrained for the student, as JSON."
+    )
+    teacher_model_init_kwargs: dict | str | None = option(
+        None, "Keyword arguments of from_pretrained for the teacher, as JSON."
+    )
+
+    def __post_init__(self) -> None:
+        # What `evaluate` measures, and less of it is better; there is no evaluation loss.
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "reverse_kl_per_byte"
+        if (self.metric_for_best_model or "").endswith("reverse_kl_per_byte") and self.greater_is_better is None:
+            self.greater_is_better = False
+        super().__post_init__()
+        for name in (
+            "special_tokens",
+            "model_init_kwargs",
+            "teacher_model_init_kwargs",
+            "chat_template_kwargs",
+            "teacher_chat_template_kwargs",
+            "teacher_url",
+            "teacher_server_kwargs",
+        ):
+            setattr(self, name, from_json(name, getattr(self, name)))
+        if self.special_tokens != "auto" and not isinstance(self.special_tokens, dict):
+            raise ValueError(
+                f"special_tokens is {self.special_tokens!r}: expected 'auto' or a mapping of student to teacher tokens"
+            )
+        one_of("rollout_engine", self.rollout_engine, ENGINES)
+        one_of("prompt_format", self.prompt_format, PROMPT_FORMATS)
+        one_of("score", self.score, SCORES)
+        one_of("candidates", self.candidates, CANDIDATES)
+        one_of("alignment", self.alignment, ("bytes", "anchored"))
+        one_of("units", self.units, ("all", "single", "merged"))
+        one_of("objective", self.objective, OBJECTIVES)
+        one_of("packing", self.packing, ("auto", "on", "off"))
+        one_of("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        one_of("on_bad_row", self.on_bad_row, ("fail", "skip"))
+        one_of("rollout_dtype", self.rollout_dtype, (None, "float32", "bfloat16", "float16"))
+        for name in "on_policy_fraction", "merge_ratio", "mask_longer":
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a number in [0, 1]")
+        for name in "num_generations", "num_iterations", "eval_num_generations":
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if self.inspect_samples < 0:
+            raise ValueError(f"inspect_samples is {self.inspect_samples}: expected at least 0")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ValueError(f"max_tokens_per_batch is {self.max_tokens_per_batch}: expected at least 1, or none")
+        if self.kv_cache_gb is not None and not self.kv_cache_gb > 0:
+            raise ValueError(f"kv_cache_gb is {self.kv_cache_gb}: expected a number above 0, or none")
+        if not self.max_logprob_gap > 0:
+            raise ValueError(f"max_logprob_gap is {self.max_logprob_gap}: expected a number above 0")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta is {self.beta}: expected a number in [0, 1]")
+        if not 0 < self.loss_temperature < float("inf"):
+            raise ValueError(f"loss_temperature is {self.loss_temperature}: expected a number above 0")
+        if self.teacher_mass_floor is not None and not 0 <= self.teacher_mass_floor <= 1:
+            raise ValueError(f"teacher_mass_floor is {self.teacher_mass_floor}: expected a number in [0, 1], or none")
+        if self.chunk_rows is not None and self.chunk_rows < 1:
+            raise ValueError(f"chunk_rows is {self.chunk_rows}: expected at least 1, or none")
+        if self.rollout_engine == "vllm-server" and not self.vllm_server_url:
+            raise ValueError(
+                "rollout_engine is 'vllm-server', but vllm_server_url is not given: expected http://host:port"
+            )
+        if self.units == "merged" and self.candidates == "disjoint":
+            raise ValueError(
+                "units is 'merged' and candidates is 'disjoint': expected candidates='paper' with merged units"
+            )
+        self.sampling(end_ids=(0,), pad_id=0)  # checks its own settings
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}: expected at least 1, or none")
+        if self.teacher_top_k < 1:
+            raise ValueError(f"teacher_top_k is {self.teacher_top_k}: expected at least 1")
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns is True: expected False, the trainer renders the prompt columns itself"
+            )
+
+    def sampling(self, end_ids: tuple[int, ...], pad_id: int) -> Sampling:
+        """How the rollouts are drawn."""
+        stops = tuple(self.stop_strings or ())
+        return Sampling(end_ids, pad_id, self.max_new_tokens, self.temperature, self.top_p, stops)
+
+    def rollout_precision(self, student) -> torch.dtype | None:
+        """The precision of a copy to sample from; None: from the student itself.
+
+        float32 master weights under --bf16 would be sampled from in float32 (a paged cache has one precision, the weights'), at
+        half the speed or less on a GPU: two bytes a parameter buy a copy.
+        """
+        if self.rollout_dtype is not None:
+            return getattr(torch, self.rollout_dtype)
+        if (
+            self.bf16
+            and student.dtype == torch.float32
+            and (self.rollout_engine == "vllm" or student.device.type != "cpu")
+        ):
+            return torch.bfloat16
+        return None
+
+    def engine_options(self, student) -> dict:
+        """The keyword arguments of `simct.rollouts.engines.build_engine`."""
+        share = self.vllm_gpu_memory_utilization
+        return dict(
+            dtype=self.rollout_precision(student),
+            kv_cache_gb=self.kv_cache_gb,
+            vllm_options={} if share is None else {"gpu_memory_utilization": share},
+            server_url=self.vllm_server_url,
+            sync_folder=self.vllm_sync_dir,
+        )
+
+    def loss_options(self) -> dict:
+        """The keyword arguments of `simct_kernels.linear_simct_loss`."""
+        return dict(
+            beta=self.beta,
+            temperature=self.loss_temperature,
+            score=self.score,
+            candidates=self.candidates,
+            top_k=self.top_k,
+            teacher_mass_floor=self.teacher_mass_floor,
+            backend=self.backend,
+            chunk_rows="auto" if self.chunk_rows is None else self.chunk_rows,
+        )

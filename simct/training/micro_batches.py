@@ -1,0 +1,80 @@
+"""What goes through the models at once: samples of one teacher, within a budget of tokens.
+
+A budget changes how the work is cut, never its result: the loss is a sum over samples, divided by the tokens of the whole step.
+"""
+
+from dataclasses import dataclass
+
+from simct.models.hidden import Layout, PackedSequences, first_fit
+from simct.pairing.pair import Alignment
+from simct.teachers.local import Rows, ServedRows
+from simct.training.samples import Samples
+
+
+@dataclass
+class MicroBatch:
+    """Samples of one teacher, the student's batch of them, and, once scored, what the loss compares it with."""
+
+    samples: Samples
+    packed: PackedSequences
+    teacher: str
+    alignment: Alignment | None = None
+    teacher_rows: Rows | ServedRows | None = None  # [N_t]
+
+    @classmethod
+    def build(cls, samples: Samples, layout: Layout, teacher: str) -> "MicroBatch":
+        return cls(samples, layout.build(samples.student_prompts, samples.student_responses), teacher)
+
+    def halves(self, layout: Layout) -> "list[MicroBatch]":
+        """The same samples in two, not yet scored. They are not fewer than two."""
+        halves: tuple[list[int], list[int]] = ([], [])
+        tokens = [0, 0]
+        for i in sorted(range(len(self.samples)), key=lambda i: -self.samples[i].student_length):
+            lighter = int(tokens[1] < tokens[0])
+            halves[lighter].append(i)
+            tokens[lighter] += self.samples[i].student_length
+        return [MicroBatch.build(self.samples.pick(sorted(half)), layout, self.teacher) for half in halves]
+
+
+def split(samples: Samples, layout: Layout, budget: int | None, default_teacher: str) -> list[MicroBatch]:
+    """Micro-batches of at most `budget` student tokens, filling included (more only for one long sample); None: one for each
+    teacher. No samples give one empty micro-batch: every process must take part in every step."""
+    found = []
+    for teacher in dict.fromkeys(sample.teacher for sample in samples):
+        own = samples.pick([i for i, sample in enumerate(samples) if sample.teacher == teacher])
+        lengths = [sample.student_length for sample in own]
+        if budget is None:
+            bins = [list(range(len(own)))]
+        elif layout.one_row:
+            bins = first_fit(lengths, budget)
+        else:
+            bins = _in_rows(lengths, budget, share_rows=layout.packed)
+        found += [MicroBatch.build(own.pick(members), layout, teacher) for members in bins]
+    return found or [empty(layout, default_teacher)]
+
+
+def empty(layout: Layout, teacher: str) -> MicroBatch:
+    """Nothing to learn from: one token through the student, a loss of zero."""
+    return MicroBatch.build(Samples(), layout, teacher)
+
+
+def _in_rows(lengths: list[int], budget: int, share_rows: bool) -> list[list[int]]:
+    """Bins whose rows, as long as their longest sequence, hold at most `budget` tokens, filling included."""
+    bins: list[list[int]] = []
+    left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while left:
+        longest, members, room, rest = lengths[left[0]], [], [], []
+        most = max(1, budget // longest)
+        for i in left:
+            row = next((r for r, free in enumerate(room) if share_rows and lengths[i] <= free), None)
+            if row is not None:
+                room[row] -= lengths[i]
+            elif len(room) < most:
+                room.append(longest - lengths[i])
+            else:
+                rest.append(i)
+                continue
+            members.append(i)
+        bins.append(members)
+        left = rest
+    return sorted(sorted(members) for members in bins)

@@ -1,0 +1,402 @@
+"""`SimCTTrainer`: cross-tokenizer on-policy distillation on `transformers.Trainer`.
+
+One optimiser step: the student samples responses to the prompts of the accumulated batch; the teacher's tokenizer spells the same
+texts; the teacher runs over them once, while the two token sequences are aligned by bytes; then the student runs over them in
+micro-batches, and the fused loss compares both models' last hidden states and makes the gradient. Everything else (optimiser,
+schedule, checkpoints, logging, callbacks) is the Trainer's.
+"""
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+
+from simct.data.renderer import Renderer
+from simct.data.sampler import RepeatedBatches
+from simct.models.checks import check_head, check_vocabulary
+from simct.models.hidden import Layout, PackedSequences, forward_through, response_hidden_states, under_autocast
+from simct.models.loading import load_model, load_tokenizer, with_adapter
+from simct.pairing.pair import TokenizerPair
+from simct.rollouts.engines import build_engine
+from simct.rollouts.protocol import Response, Sampling
+from simct.teachers.loading import Teacher, load_teachers
+from simct.training import checks, evaluation
+from simct.training.callbacks import AroundSteps
+from simct.training.checkpoints import Checkpoints
+from simct.training.collector import Collector, Scorer, generator, numbered_seed
+from simct.training.config import SimCTConfig
+from simct.training.faults import is_out_of_memory, release_memory, report_nonfinite
+from simct.training.micro_batches import MicroBatch, empty, split
+from simct.training.objectives import supervised_units, unit_loss
+from simct.training.recorder import Recorder
+from simct.training.samples import Samples
+from simct_kernels import LMHead, token_statistics
+from simct_kernels.backends import choose as choose_backend
+
+
+class SimCTTrainer(Checkpoints, Trainer):
+    """Distils `teacher` into `model` on the student's own samples; the two may have different tokenizers.
+
+    Args:
+        model: the student, a path or hub name, or a causal language model.
+        teacher: a path or hub name, a causal language model, a `LocalTeacher` or a `ServedTeacher`; or several of them by name, of
+            which a record's `teacher` column picks the one that scores it. With `args.teacher_url` a name is that of its tokenizer.
+        args: `SimCTConfig`.
+        train_dataset, eval_dataset: records with a `prompt` (string or messages) or `messages`; a list of dicts or a
+            `datasets.Dataset`. To train on, a data set may be iterable (streamed): then `max_steps` says how long.
+        processing_class, teacher_processing_class: the tokenizers; loaded from the models' own names if not given. With several
+            teachers: by name.
+        peft_config: a PEFT configuration that the student is wrapped in.
+
+    Raises:
+        ValueError: before any long work, for a pair of tokenizers that cannot be paired, a model without a head or with a head that
+            does not cover its tokenizer, an empty data set or one without prompts, an option out of range.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the response tokens of the whole accumulated batch
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        teacher: Teacher | dict[str, Teacher],
+        args: SimCTConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | dict[str, PreTrainedTokenizerBase] | None = None,
+        peft_config=None,
+        **kwargs,
+    ) -> None:
+        args = args if args is not None else SimCTConfig()
+        checks.check_run(args, train_dataset, eval_dataset)
+        choose_backend(args.backend, args.device.type)
+        set_seed(args.seed)  # before an adapter is initialised
+
+        # Master weights in float32 unless the user says otherwise: at learning rates of 1e-6 bfloat16 weights would not move.
+        options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
+        model = load_model(model, "student", **options)
+        processing_class = load_tokenizer(processing_class, model, "student", **options)
+        check_vocabulary(model, processing_class, "student")
+        teachers = load_teachers(teacher, teacher_processing_class, args, student=model)
+        render = Renderer(processing_class, args.prompt_format, args.chat_template_kwargs or {})
+        render.check("student")
+        scorers = {name: Scorer.build(found, model, render, args) for name, found in teachers.items()}
+        if peft_config is not None:
+            model = with_adapter(model, peft_config)
+        check_head(model, "student")
+        checks.check_disk_space(args, model)
+        self.skipped_records: dict[str, int] = {}
+        train_dataset = self._usable("train_dataset", train_dataset, model, render, scorers, args)
+        eval_dataset = self._usable("eval_dataset", eval_dataset, model, render, scorers, args)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,  # records stay records: prompts are rendered when they are sampled from
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        student = self.accelerator.unwrap_model(self.model)
+        self.layout = Layout.of(student, args.packing)
+        for found in teachers.values():
+            found.place(args.device, packing=args.packing, offload=args.offload_teacher)
+        self.scorers = {name: scorer.to(args.device) for name, scorer in scorers.items()}
+        self.default_teacher, first = next(iter(self.scorers.items()))
+        self.teacher, self.pair, self.shared = first.teacher, first.pair, first.shared
+        self.recorder = Recorder(args, self.accelerator)
+        self.phase, self.ratios = self.recorder.phase, self.recorder.ratios
+        self.sampling = args.sampling(self.pair.student_end_ids, pad_id=processing_class.pad_token_id or 0)
+        self.engine = build_engine(
+            args.rollout_engine, student, processing_class, sharded=self.is_fsdp_enabled, **args.engine_options(student)
+        )
+        self.collector = Collector(self.engine, processing_class, render, self.scorers, args, self.phase)
+        self.student_prompt = render
+        self._aligner = ThreadPoolExecutor(1, thread_name_prefix="simct-align")
+        # The batch of rollouts in use: its records, its inputs, and for how many steps it was used.
+        self._records, self._inputs, self._tokens, self._used = None, [], None, 0
+        self._responses: list[Response] = []
+        self._resumed = None  # responses that a checkpoint was in the middle of
+        self._skip_step, self._in_forward = False, False
+        self.evaluated: Samples | None = None  # this process's samples of the last evaluation, for callbacks
+        self.add_callback(AroundSteps(self))
+
+    def _usable(self, name: str, dataset, *run):
+        if isinstance(dataset, dict):
+            return {part: self._usable(f"{name} {part}", found, *run) for part, found in dataset.items()}
+        dataset, skipped = checks.usable_records(name, dataset, *run)
+        if skipped:
+            self.skipped_records[name] = skipped
+        return dataset
+
+    # ---- Rollouts: once per optimiser step (or every `num_iterations`), for all its micro-batches together ----
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if self.args.num_iterations == 1:
+            return sampler
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return RepeatedBatches(sampler, size, self.args.num_iterations)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict], Tensor | None]:
+        """Responses to the next `num_batches` batches of prompts, scored by their teachers. Returns the micro-batches and, over all
+        processes, the number of response tokens that normalises their loss."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return [], None
+        if batches != self._records or self._used == self.args.num_iterations:
+            self._roll_out(batches)
+        self._used += 1
+        return list(self._inputs), self._tokens
+
+    def _roll_out(self, batches: list[list[dict[str, Any]]]) -> None:
+        responses, used = self._resumed if self._resumed is not None else (None, 0)
+        self._resumed = None
+        times = self.args.num_generations
+        records = [record for batch in batches for record in batch for _ in range(times)]
+        seed = numbered_seed(self.args.seed, self.state.global_step + 1 - used, self.args.process_index)
+        if responses is None:
+            self._update_engine()
+        with self.accelerator.autocast():
+            samples = self.collector.collect(
+                records, self.sampling, seed, on_policy_fraction=self.args.on_policy_fraction, responses=responses
+            )
+        self._responses = samples.responses
+        ends = itertools.accumulate(len(batch) * times for batch in batches)
+        parts = [
+            split(
+                samples.pick(list(range(end - len(batch) * times, end))),
+                self.layout,
+                self.args.max_tokens_per_batch,
+                self.default_teacher,
+            )
+            for batch, end in zip(batches, ends, strict=True)
+        ]
+        parts = self.as_many_everywhere(parts)
+        every = list(itertools.chain.from_iterable(parts))
+        self._score(every)
+        for part in every:
+            self.recorder.responses(part, self.scorers[part.teacher].pair)
+        tokens = torch.tensor(sum(map(len, samples.student_responses)), device=self.args.device)
+        self._tokens = self.accelerator.reduce(tokens, "sum")
+        # `input_ids` by that name: the Trainer counts tokens and floating-point operations with it.
+        self._inputs = [
+            {"input_ids": torch.cat([part.packed.input_ids.flatten() for part in found])[None], "parts": found}
+            for found in parts
+        ]
+        self._records, self._used = batches, used
+
+    def as_many_everywhere(self, batches: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
+        """With several processes: each list filled up with empty micro-batches, so that every process goes through the model as
+        often (the collectives of sharded models are made there)."""
+        if self.accelerator.num_processes == 1:
+            return batches
+        counts = gather_object([[len(found) for found in batches]])
+        most = [max(count) for count in zip(*counts, strict=True)]
+        return [
+            found + [empty(self.layout, self.default_teacher)] * (n - len(found))
+            for found, n in zip(batches, most, strict=True)
+        ]
+
+    def _update_engine(self) -> None:
+        with self.phase("rollout"):
+            self.engine.update_weights(self.accelerator.unwrap_model(self.model))
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Response]:
+        """Responses of the student as it is now, to prompts in its token ids."""
+        self._update_engine()
+        with self.accelerator.autocast():
+            return self.collector.generate(prompts, sampling, seed)
+
+    def _score(self, parts: list[MicroBatch]) -> None:
+        """The teachers' rows of each part, and its alignment, made while the teacher runs."""
+        # One stream of random numbers through all parts, in order (one thread aligns): the draws
+        # do not depend on how the work is cut into calls.
+        seed = numbered_seed(self.args.seed, self.state.global_step + 1, self.args.process_index)
+        draws = generator(seed)
+        for name, scorer in self.scorers.items():
+            own = [part for part in parts if part.teacher == name]
+            if not own:
+                continue
+            with self.phase("teacher"), scorer.teacher.on_device():
+                for part in own:
+                    alignment = self._aligner.submit(self._align, part, scorer.pair, draws)
+                    part.teacher_rows = scorer.teacher.rows(
+                        part.samples.teacher_prompts, part.samples.teacher_responses
+                    )
+                    with self.phase("align"):  # what is left to wait for
+                        part.alignment = alignment.result()
+
+    def _align(self, part: MicroBatch, pair: TokenizerPair, draws: torch.Generator):
+        disjoint = self.args.candidates == "disjoint"
+        samples = part.samples
+        alignment = pair.align_batch(samples.student_responses, samples.teacher_responses, disjoint=disjoint)
+        return supervised_units(alignment, self.args, samples.response_lengths, pair.student_end_ids, draws)
+
+    # ---- The loss ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        """Forward and backward of one batch, a micro-batch at a time. Returns the batch's loss."""
+        parts: list[MicroBatch] = inputs["parts"]
+        total = torch.zeros((), device=self.args.device)
+        with self.phase("student"):
+            for i, part in enumerate(parts):
+                total += self._part_step(model, part, num_items_in_batch, last=i == len(parts) - 1)
+        return total
+
+    def _part_step(self, model: nn.Module, part: MicroBatch, tokens: Tensor | None, last: bool) -> Tensor:
+        try:
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                return super().training_step(model, {"part": part}, tokens)
+        except Exception as error:
+            # In the backward pass some gradients are already added up: it cannot be done again.
+            if not is_out_of_memory(error) or not self._in_forward or self.is_fsdp_enabled or len(part.samples) < 2:
+                raise
+            message = str(error)
+        # Outside of the handler: the error holds on to what was allocated.
+        release_memory(self.args.device)
+        most = part.packed.input_ids.numel()
+        warnings.warn(f"out of memory with {most} tokens at once: once more in halves ({message})", stacklevel=2)
+        halves = part.halves(self.layout)
+        self._score(halves)
+        try:
+            total = torch.zeros((), device=self.args.device)
+            for i, half in enumerate(halves):
+                with contextlib.nullcontext() if last and i else self.accelerator.no_sync(model):
+                    total += super().training_step(model, {"part": half}, tokens)
+            return total
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RuntimeError(
+                f"out of memory with {most} tokens in a forward pass, and with half of them: set max_tokens_per_batch to "
+                f"{max(1, most // 4)} or less (longest sequence here: {max(s.student_length for s in part.samples)}), "
+                "gradient_checkpointing=True or offload_teacher=True"
+            ) from error
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ):
+        part: MicroBatch = inputs["part"]
+        student = self.accelerator.unwrap_model(model)
+        self._in_forward = True
+        loss = forward_through(model, student, lambda: self._student_loss(student, part))
+        self._in_forward = False
+        if num_items_in_batch is None:  # called outside the training loop
+            num_items_in_batch = torch.tensor(len(part.alignment.student_tokens))
+        # Data parallelism averages gradients over the processes; the loss is a sum over the global batch divided by its tokens.
+        loss = loss * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        return (loss, None) if return_outputs else loss
+
+    def _student_loss(self, student: nn.Module, part: MicroBatch) -> Tensor:
+        student_hidden, head = self.student_rows(student, part.packed)
+        scorer, units = self.scorers[part.teacher], part.alignment.to(self.args.device)
+        ours, theirs = (student_hidden, head), part.teacher_rows
+        with self.phase("loss"):
+            loss, unit_losses = unit_loss(ours, theirs, units, part.samples.response_lengths, scorer, self.args)
+        unit_losses = unit_losses.cpu()
+        if not torch.isfinite(loss):
+            return self._nonfinite(loss, part, unit_losses)
+        self.recorder.units(part, part.alignment, unit_losses)
+        if self.recorder.will_log(self.state) and part.samples:
+            with self.phase("metrics"):
+                detached = (student_hidden.detach(), head)
+                self.recorder.distributions(part, units, scorer.pair, scorer.shared, detached, theirs)
+        return loss
+
+    def student_rows(self, student: nn.Module, packed: PackedSequences) -> tuple[Tensor, LMHead]:
+        """The student's hidden rows and head, in the precision of the run (bf16 and fp16 are autocast, as in the Trainer)."""
+        with self.accelerator.autocast():
+            hidden = response_hidden_states(student, packed.to(self.args.device))
+            head = LMHead.from_model(student)
+            if torch.is_autocast_enabled(self.args.device.type):
+                hidden, head = under_autocast(hidden, head, torch.get_autocast_dtype(self.args.device.type))
+        return hidden, head
+
+    @torch.no_grad()
+    def student_logprobs(self, part: MicroBatch, tokens: Tensor) -> Tensor:
+        """Log-probabilities [N] of response tokens under the student as it is now."""
+        student = self.accelerator.unwrap_model(self.model)
+
+        def compute() -> Tensor:
+            return token_statistics(*self.student_rows(student, part.packed), tokens).logprob
+
+        return forward_through(self.model_wrapped, student, compute)
+
+    def _nonfinite(self, loss: Tensor, part: MicroBatch, unit_losses: Tensor) -> Tensor:
+        step = self.state.global_step + 1
+        pair, where = self.scorers[part.teacher].pair, (self.args.output_dir, step, self.args.process_index)
+        path = report_nonfinite(*where, part, pair, unit_losses, float(loss.detach()))
+        message = f"step {step}: the loss is {float(loss.detach())}; prompts, responses and units are in {path}"
+        if self.args.on_nonfinite == "stop":
+            raise FloatingPointError(f"{message} (on_nonfinite='skip' would leave the step out)")
+        warnings.warn(f"{message}; the step is left out", stacklevel=2)
+        self._skip_step = True
+        # The backward pass still runs (other processes wait for it); its gradients are dropped before the optimiser.
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def drop_skipped_gradients(self) -> None:
+        """Before the optimiser: if a process met a loss that is no number, no process makes this step."""
+        skip = torch.tensor(float(self._skip_step), device=self.args.device)
+        self._skip_step = False
+        self.recorder.ratios.count("optimiser steps", 1)
+        if self.accelerator.reduce(skip, "sum") > 0:
+            self.recorder.ratios.add("skipped_steps", 1, per="optimiser steps")
+            for parameter in self.model.parameters():
+                parameter.grad = None
+
+    # ---- Metrics ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training log; evaluation and the end of a run log other keys
+            logs.update(self.recorder.flush(self.state.global_step))
+        super().log(logs, start_time)
+
+    # ---- Evaluation ----
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """The sequence reverse KL per byte and per token on held-out prompts, and accuracy where they have an `answer`.
+
+        One response to each prompt, drawn from the student's own distribution (temperature 1, no truncation: the estimate of
+        KL(student || teacher) of whole texts is then unbiased) with the run's seed, so that two evaluations of one student agree.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        if dataset is None:
+            raise ValueError("eval_dataset is None: expected records with a prompt or messages")
+        checks.check_datasets(None, dataset)
+        if self.is_in_train:  # an evaluation between two logs is no part of their training time
+            self.recorder.close_window(self.state.global_step)
+        measured, self.evaluated = evaluation.measure(self, dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.recorder.start_window(self.state.global_step)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def draw(self, records: list[dict[str, Any]]) -> Samples:
+        """One sample of each record from the student's own distribution, the same at every call with the same weights."""
+        self._update_engine()
+        sampling = replace(self.sampling, temperature=1.0, top_p=1.0)
+        with self.accelerator.autocast():
+            return self.collector.collect(records, sampling, numbered_seed(self.args.seed, 0, self.args.process_index))

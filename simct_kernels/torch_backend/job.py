@@ -1,0 +1,397 @@
+"""SimCT's loss in chunked PyTorch, on any device: candidate scores, their divergence, and its gradient by hand.
+
+Single units read the K shared columns of each side; whole vocabularies are read for longer units only. A summed loss
+makes its gradients in the forward pass, chunk by chunk, so that each logit is made once: four products in all (two
+sides' logits, the gradients of hidden and head). Per-unit losses cannot, since the weights of the units come with the
+backward pass, which makes the logits again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
+from simct_kernels.options import LossOptions
+from simct_kernels.torch_backend.blocks import BlockedRows
+from simct_kernels.torch_backend.divergence import divergence
+from simct_kernels.torch_backend.plan import Chunk, Part, plan_chunks, row_blocks, unit_blocks
+from simct_kernels.torch_backend.rows import LinearRows, LogitRows, Rows, add_repeated
+
+# A unit's top_k columns are picked one by one (k head rows each) where that is at most a 16th of the K shared columns:
+# picked columns cost memory traffic, not arithmetic, so a product over all K is as fast above that.
+PICK_SHARE = 16
+
+
+def simct_loss(
+    student_logits: Tensor,  # [N_s, V_s]
+    teacher_logits: Tensor,  # [N_t, V_t]
+    units: AlignedUnits,
+    shared: SharedVocabulary,
+    options: LossOptions,
+    *,
+    summed: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss, one number if `summed` or else [G], and the units' losses [G] without gradient."""
+    job = LossJob(units, shared, options, None, None, "auto", compute_dtype(student_logits, teacher_logits))
+    return apply_job(job, summed, student_logits, None, None, teacher_logits)
+
+
+def linear_simct_loss(
+    student_hidden: Tensor,  # [N_s, H_s]
+    student_head: LMHead,
+    teacher_hidden: Tensor,  # [N_t, H_t]
+    teacher_head: LMHead,
+    units: AlignedUnits,
+    shared: SharedVocabulary,
+    options: LossOptions,
+    *,
+    summed: bool,
+    chunk_rows: int | str,
+) -> tuple[Tensor, Tensor]:
+    """As `simct_loss`, with the logits of each side made from its hidden states chunk by chunk."""
+    dtype = compute_dtype(student_hidden, student_head.weight, teacher_hidden, teacher_head.weight)
+    job = LossJob(units, shared, options, student_head, teacher_head, chunk_rows, dtype)
+    return apply_job(job, summed, student_hidden, student_head.weight, student_head.bias, teacher_hidden)
+
+
+def candidate_mass(
+    hidden: Tensor,  # [N, H]
+    head: LMHead,
+    units: AlignedUnits,
+    shared: SharedVocabulary,
+    options: LossOptions,
+    *,
+    side: str,
+    chunk_rows: int | str,
+) -> Tensor:
+    """The mass [G] that one side, "student" or "teacher", puts on its candidates. No gradient."""
+    columns = head.weight.shape[0]
+    chunks = plan_chunks(
+        units,
+        shared,
+        options,
+        shared_width=len(shared),
+        student_columns=columns,
+        teacher_columns=columns,
+        chunk_rows=chunk_rows,
+        student_always_whole=side == "student",
+        teacher_always_whole=side == "teacher",
+    )
+    dtype = compute_dtype(hidden, head.weight)
+    source = linear_rows(hidden, head, getattr(shared, f"{side}_ids"), dtype)
+    mass = torch.empty(len(units), dtype=dtype, device=hidden.device)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for chunk in chunks:
+            scores = candidate_scores(source, getattr(chunk, side), chunk, options)
+            mass[chunk.units] = _mass(scores, _leave_out(scores.shared, chunk), options)
+    return mass
+
+
+def linear_rows(
+    hidden: Tensor,  # [N, H]
+    head: LMHead,
+    shared_ids: Tensor,  # int64 [K]
+    dtype: torch.dtype,
+    **needs: tuple[bool, bool, bool],
+) -> LinearRows:
+    """Rows of head(hidden), made in the way that suits their device."""
+    make = BlockedRows if hidden.device.type == "cpu" else LinearRows
+    return make(hidden, head, shared_ids, dtype, **needs)
+
+
+class Steps:
+    """What is done with a chunk of units, in PyTorch; a backend with kernels of its own does it in its own way."""
+
+    linear_rows = staticmethod(linear_rows)
+    logit_rows = LogitRows
+    divergence = staticmethod(divergence)
+
+    def candidate_scores(self, *arguments) -> Scores:
+        return candidate_scores(*arguments)
+
+    def add_gradient(self, *arguments) -> None:
+        add_gradient(*arguments)
+
+
+@dataclass(frozen=True)
+class LossJob(Steps):
+    """What a loss is computed from, besides the tensors that autograd must see."""
+
+    units: AlignedUnits
+    shared: SharedVocabulary
+    options: LossOptions
+    student_head: LMHead | None  # None: logits are given
+    teacher_head: LMHead | None
+    chunk_rows: int | str
+    dtype: torch.dtype
+
+    def run(
+        self,
+        student_input: Tensor,  # [N_s, H_s] or [N_s, V_s]
+        teacher_input: Tensor,  # [N_t, H_t] or [N_t, V_t]
+        needs_grad: tuple[bool, bool, bool],  # student_input, weight, bias
+        unit_weights: Tensor | None = None,  # [G], what each unit's gradient is multiplied by; None: 1
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The units' losses [G] and the gradients that are needed, in the compute dtype (or that of given logits)."""
+        student: Rows
+        teacher: Rows
+        if self.student_head is None or self.teacher_head is None:
+            student = self.logit_rows(student_input, self.shared.student_ids, self.dtype, needs_grad=needs_grad[0])
+            teacher = self.logit_rows(teacher_input, self.shared.teacher_ids, self.dtype)
+        else:
+            ids = self.shared.student_ids
+            student = self.linear_rows(student_input, self.student_head, ids, self.dtype, needs_grad=needs_grad)
+            teacher = self.linear_rows(teacher_input, self.teacher_head, self.shared.teacher_ids, self.dtype)
+        losses = torch.zeros(len(self.units), dtype=self.dtype, device=student_input.device)
+        top_k = self.options.top_k or 0
+        picks = 0 < top_k * PICK_SHARE <= len(self.shared)
+        chunks = plan_chunks(
+            self.units,
+            self.shared,
+            self.options,
+            shared_width=max(len(self.shared), top_k * max(student.pick_width, teacher.pick_width) if picks else 0),
+            student_columns=student.columns,
+            teacher_columns=teacher.columns,
+            chunk_rows=self.chunk_rows,
+            teacher_always_whole=self.options.teacher_mass_floor is not None,
+        )
+        # Under autocast float32 products would be rounded to 16 bits.
+        with torch.no_grad(), torch.autocast(student_input.device.type, enabled=False):
+            for chunk in chunks:
+                weights = None if unit_weights is None else unit_weights[chunk.units]
+                losses[chunk.units] = self._run_chunk(chunk, student, teacher, picks, any(needs_grad), weights)
+            if isinstance(student, LinearRows):
+                return losses, student.gradients()
+        return losses, (student.gradient, None, None)
+
+    def _run_chunk(
+        self, chunk: Chunk, student: Rows, teacher: Rows, picks: bool, needs_grad: bool, weights: Tensor | None
+    ) -> Tensor:
+        """The losses [g] of a chunk's units; adds their gradient to `student`."""
+        options = self.options
+        student_scores = self.candidate_scores(student, chunk.student, chunk, options)
+        s = _leave_out(student_scores.shared, chunk)  # [g, K]
+        chosen = None
+        if options.top_k is not None and options.top_k < s.shape[1]:
+            chosen = s.topk(options.top_k, sorted=False).indices  # [g, k]
+            s = s.gather(1, chosen)
+        teacher_scores = self.candidate_scores(teacher, chunk.teacher, chunk, options, chosen if picks else None)
+        teacher_scores = replace(teacher_scores, logits=None)  # the largest tensor, read by now
+        t = _leave_out(teacher_scores.shared, chunk, chosen if picks else None)
+        if chosen is not None and not picks:
+            t = t.gather(1, chosen)
+
+        below = None
+        if options.teacher_mass_floor is not None:
+            below = _mass(teacher_scores, t, options) < options.teacher_mass_floor
+        losses, by_continuation = s.new_empty(len(s)), s.new_empty(len(s))
+        columns = s.shape[1]
+        for rows in row_blocks(*s.shape, s.device):
+            s_all, t_all = s[rows], t[rows]
+            if chunk.has_continuation:
+                s_all = torch.cat([s_all, student_scores.continuation[rows, None]], dim=1)
+                t_all = torch.cat([t_all, teacher_scores.continuation[rows, None]], dim=1)
+            losses[rows], gradient = self.divergence(s_all, t_all, options, needs_grad)
+            if gradient is None:
+                continue
+            if weights is not None:
+                # Filled, not only multiplied: a unit that the caller drops gives 0 even where its gradient is NaN.
+                weight = weights[rows, None]
+                gradient.mul_(weight).masked_fill_(weight == 0, 0)
+            if below is not None:
+                gradient.masked_fill_(below[rows, None], 0)
+            t[rows] = gradient[:, :columns]  # the teacher's scores have been read
+            if chunk.has_continuation:
+                by_continuation[rows] = gradient[:, columns]
+        if below is not None:
+            losses.masked_fill_(below, 0)
+        if needs_grad:
+            self.add_gradient(student, chunk, student_scores, s, chosen, picks, t, by_continuation, options)
+        return losses
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One side's scores of a chunk's candidates, up to a constant for each unit where its log-sum-exps cancel."""
+
+    shared: Tensor  # [g, K] or [g, k]
+    continuation: Tensor | None  # [g]
+    targets: Tensor | None  # [R], the logits of the rows' own tokens
+    logits: Tensor | None  # [R, V], where whole rows are read
+    logsumexp: Tensor | None  # [R], likewise
+    first_logsumexp: Tensor | None  # [g], likewise
+
+
+def candidate_scores(
+    source: Rows,
+    part: Part,
+    chunk: Chunk,
+    options: LossOptions,
+    columns: Tensor | None = None,  # int64 [g, k], the shared columns wanted; None: all K
+) -> Scores:
+    """Eq. 7 for one side."""
+    ids = source.shared_ids
+    logits = logsumexp = first_logsumexp = continuation = targets = None
+    if part.whole:
+        logits = source.whole(part.rows)
+        logsumexp = torch.cat([logits[block].logsumexp(1) for block in row_blocks(*logits.shape, logits.device)])
+        # A row with +inf has no softmax; minus an infinite log-sum-exp its other tokens would merely look impossible.
+        logsumexp.masked_fill_(logsumexp == math.inf, math.nan)
+        first_logsumexp = logsumexp[part.first]
+        if columns is None:
+            shared = logits.new_empty(len(part.first), len(ids))
+            for block in row_blocks(*logits.shape, logits.device):
+                shared[block] = logits[part.first[block]][:, ids]
+        else:
+            shared = logits[part.first[:, None], ids[columns]]
+        if options.normalises:
+            shared -= first_logsumexp[:, None]
+    elif columns is None:
+        shared = source.shared(part.first_rows)
+    else:
+        shared = source.pick(part.first_rows, ids[columns])
+    if chunk.has_continuation:
+        if logits is not None:
+            targets = logits.gather(1, part.tokens[:, None]).squeeze(1)
+        else:
+            targets = source.pick(part.rows, part.tokens[:, None]).squeeze(1)
+        terms = targets - logsumexp if part.whole and options.normalises else targets
+        continuation = continuation_scores(terms, part, options)
+    return Scores(shared, continuation, targets, logits, logsumexp, first_logsumexp)
+
+
+def continuation_scores(terms: Tensor, part: Part, options: LossOptions) -> Tensor:
+    """The scores [g] of a chunk's continuations, from the terms [R] of their rows."""
+    total = add_repeated(terms.new_zeros(len(part.length)), part.unit, terms)
+    return total if options.score == "sum_logprob" else total / part.length
+
+
+def by_terms(by_continuation: Tensor, part: Part, options: LossOptions) -> Tensor:
+    """The gradient [R] by the terms of `continuation_scores`, from that by the scores [g]."""
+    if options.score != "sum_logprob":
+        by_continuation = by_continuation / part.length
+    return by_continuation[part.unit]
+
+
+def _leave_out(shared: Tensor, chunk: Chunk, columns: Tensor | None = None) -> Tensor:
+    """Takes the candidates that `disjoint` leaves out away, in place, from scores of all K or of the given columns."""
+    if chunk.left_out is not None:
+        unit, index = chunk.left_out.T
+        if columns is None:
+            shared[unit, index] = -math.inf
+        else:
+            listed = (columns[unit] == index[:, None]).nonzero()  # a column of `listed` rows: (row of left_out, place)
+            shared[unit[listed[:, 0]], listed[:, 1]] = -math.inf
+    return shared
+
+
+def _mass(scores: Scores, shared: Tensor, options: LossOptions) -> Tensor:
+    """The probability [g] of the candidates, `shared` [g, K] and the continuation, of a side that reads whole rows."""
+    continuation = scores.continuation
+    if not options.normalises:
+        shared = shared - scores.first_logsumexp[:, None]
+        continuation = None if continuation is None else continuation - scores.first_logsumexp
+    mass = torch.cat([shared[rows].exp().sum(1) for rows in row_blocks(*shared.shape, shared.device)])
+    return mass if continuation is None else mass + continuation.exp()
+
+
+def add_gradient(
+    student: Rows,
+    chunk: Chunk,
+    scores: Scores,
+    s: Tensor,  # [g, C], the shared scores that the divergence saw
+    chosen: Tensor | None,  # int64 [g, C], their columns; None: all K
+    picks: bool,
+    by_shared: Tensor,  # [g, C]
+    by_continuation: Tensor,  # [g], read only with continuations
+    options: LossOptions,
+) -> None:
+    """Carries the gradient by the scores back to the student's logits."""
+    part = chunk.student
+    if chunk.has_continuation:
+        by_target = by_terms(by_continuation, part, options)
+    if scores.logits is None:
+        for rows in row_blocks(*s.shape, s.device):
+            by_shared[rows] *= student.slope(s[rows])
+        if chosen is None:
+            student.add_shared(part.first_rows, by_shared)
+        elif picks:
+            student.add_pick(part.first_rows, student.shared_ids[chosen], by_shared)
+        else:
+            wide = torch.zeros_like(scores.shared).scatter_add_(1, chosen, by_shared)
+            student.add_shared(part.first_rows, wide)
+        if chunk.has_continuation:
+            by_target = (by_target * student.slope(scores.targets))[:, None]
+            student.add_pick(part.rows, part.tokens[:, None], by_target)
+        return
+
+    # Whole rows are read for log-probabilities only. A row's log-sum-exp is taken off its own token's logit and, in a
+    # unit's first row, off every shared candidate, whose gradients add up to minus the continuation's.
+    by_logsumexp = -by_target
+    by_logsumexp[part.first] += by_continuation
+    gradient = scores.logits  # written over
+    for units, rows in unit_blocks(part, gradient.shape[1]):
+        block, weight, first = gradient[rows], by_logsumexp[rows, None], part.first[units] - rows.start
+        slope = student.slope(block)
+        block.sub_(scores.logsumexp[rows, None]).exp_().mul_(weight).masked_fill_(weight == 0, 0)
+        first_rows = block[first]
+        if chosen is None:
+            first_rows[:, student.shared_ids] += by_shared[units]
+        else:
+            first_rows.scatter_add_(1, student.shared_ids[chosen[units]], by_shared[units])
+        block[first] = first_rows
+        block[torch.arange(len(block), device=block.device), part.tokens[rows]] += by_target[rows]
+        block.mul_(slope)
+    student.add_whole(part.rows, gradient)
+
+
+def apply_job(
+    job: LossJob, summed: bool, student_input: Tensor, weight: Tensor | None, bias: Tensor | None, teacher_input: Tensor
+) -> tuple[Tensor, Tensor]:
+    make_gradients = summed and torch.is_grad_enabled()
+    result = _SimCT.apply(job, summed, make_gradients, student_input, weight, bias, teacher_input)
+    return result if summed else (result, result.detach())
+
+
+class _SimCT(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, job, summed, make_gradients, student_input, weight, bias, teacher_input):
+        needs_grad = tuple(ctx.needs_input_grad[3:6]) if make_gradients else (False, False, False)
+        losses, gradients = job.run(student_input, teacher_input, needs_grad)
+        ctx.job, ctx.summed = job, summed
+        ctx.gradients = gradients if make_gradients else None
+        ctx.save_for_backward(student_input, weight, bias, teacher_input)
+        if not summed:
+            return losses
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if torch.is_grad_enabled():
+            raise RuntimeError("a SimCT loss cannot be differentiated twice: backward without create_graph=True")
+        inputs = ctx.saved_tensors[:3]
+        gradients, ctx.gradients = ctx.gradients, None  # given away: a second backward makes them again
+        if gradients is None:
+            count = len(ctx.job.units)
+            unit_weights = grad_loss.expand(count) if ctx.summed else grad_loss
+            student_input, _, _, teacher_input = ctx.saved_tensors
+            _, gradients = ctx.job.run(student_input, teacher_input, tuple(ctx.needs_input_grad[3:6]), unit_weights)
+        else:
+            if grad_loss.device.type != "cpu" or grad_loss != 1:  # elsewhere looking would wait
+                gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients]
+        # float32 until here: the one rounding to the inputs' dtype comes last.
+        gradients = [
+            None if gradient is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(gradients, inputs, strict=True)
+        ]
+        return None, None, None, *gradients, None
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """Float32, or float64 if any input is."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -1,0 +1,158 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from simct.data.prompts import render_prompt
+from simct.rollouts.protocol import Response, Sampling
+from simct.rollouts.transformers_engines import ContinuousBatching, StaticBatching, make_engine
+
+CONTINUOUS = pytest.param("continuous")
+PROMPTS = ["The", "Return the", "This method is called", "If the", "A list of names that"]
+
+
+@pytest.fixture
+def prompts(demo_tokenizers):
+    return [render_prompt(text, demo_tokenizers[0]) for text in PROMPTS]
+
+
+def sampling(tokenizer, **options):
+    return Sampling((tokenizer.eos_token_id,), tokenizer.pad_token_id, **{"max_new_tokens": 24, **options})
+
+
+@pytest.mark.parametrize("engine", [CONTINUOUS, "static"])
+def test_one_seed_gives_one_sample(engine, demo_student, demo_tokenizers, prompts):
+    engine = make_engine(demo_student, engine)
+    settings = sampling(demo_tokenizers[0])
+    first = engine.generate(prompts, settings, seed=7)
+    assert first == engine.generate(prompts, settings, seed=7)
+    assert first != engine.generate(prompts, settings, seed=8)
+    assert len(first) == len(prompts)
+
+
+def test_engines_agree_on_greedy_responses(demo_student, demo_tokenizers, prompts):
+    settings = sampling(demo_tokenizers[0], temperature=0.0)
+    static = StaticBatching(demo_student, batch_size=2).generate(prompts, settings, seed=0)
+    continuous = ContinuousBatching(demo_student).generate(prompts, settings, seed=0)
+    assert [replace(r, logprobs=None) for r in static] == [replace(r, logprobs=None) for r in continuous]
+
+
+@pytest.mark.parametrize("engine", [CONTINUOUS, "static"])
+def test_responses_end_with_the_end_of_turn_or_run_out_of_budget(engine, demo_student, demo_tokenizers, prompts):
+    tokenizer = demo_tokenizers[0]
+    comma = tokenizer.convert_tokens_to_ids(",")
+    settings = Sampling((tokenizer.eos_token_id, comma), tokenizer.pad_token_id, max_new_tokens=16)
+    responses = make_engine(demo_student, engine).generate(prompts * 4, settings, seed=1)
+    assert {r.finish_reason for r in responses} == {"stop", "length"}
+    for response in responses:
+        ends = [token in settings.end_ids for token in response.token_ids]
+        if response.finish_reason == "stop":
+            assert ends[-1] and not any(ends[:-1])
+        else:
+            assert len(response.token_ids) == 16 and not any(ends)
+
+
+def test_the_first_of_several_ends_cuts():
+    settings = Sampling((5, 6), 0, max_new_tokens=9)
+    assert settings.response([1, 6, 5, 0, 0]) == Response([1, 6], "stop")
+    assert settings.response([1, 2]) == Response([1, 2], "length")
+    assert settings.response([5]) == Response([5], "stop")
+
+
+@pytest.mark.parametrize("engine", [CONTINUOUS, "static"])
+def test_the_callers_mode_and_random_state_come_back(engine, demo_student, demo_tokenizers, prompts):
+    demo_student.train()
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    make_engine(demo_student, engine).generate(prompts, sampling(demo_tokenizers[0]), seed=0)
+    assert torch.equal(torch.rand(4), expected)
+    assert demo_student.training
+
+
+@pytest.mark.parametrize("engine", [CONTINUOUS, "static"])
+def test_the_models_own_sampling_defaults_are_not_used(engine, demo_student, demo_tokenizers, prompts):
+    engine = make_engine(demo_student, engine)
+    plain = engine.generate(prompts, sampling(demo_tokenizers[0]), seed=7)
+    demo_student.generation_config.update(repetition_penalty=1.7, min_p=0.4, min_new_tokens=20)
+    own = demo_student.generation_config
+    assert engine.generate(prompts, sampling(demo_tokenizers[0]), seed=7) == plain
+    assert demo_student.generation_config is own
+
+
+def test_a_soft_cap_that_is_left_out_is_said(demo_student):
+    with pytest.warns(UserWarning, match=r"without its attention soft cap \(50\)"):
+        make_engine(demo_student, "continuous")
+
+
+def test_a_model_that_continuous_batching_cannot_serve_is_refused():
+    config = GPTNeoXConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = GPTNeoXForCausalLM(config)
+    with pytest.raises(ValueError, match="GPTNeoXForCausalLM cannot be sampled from by continuous batching"):
+        make_engine(model, "continuous")
+    assert isinstance(make_engine(model, "auto"), StaticBatching)
+
+
+def test_a_kept_cache_changes_no_sample(demo_student, demo_tokenizers, prompts):
+    """The manager stays from call to call, whatever the seed, the settings and the weights of the next one."""
+    fresh = copy.deepcopy(demo_student)  # a kept manager hangs on its model
+    kept = ContinuousBatching(demo_student, kv_cache_gb=0.01)
+
+    def check(seed, **options):
+        settings = sampling(demo_tokenizers[0], **options)
+        responses = kept.generate(prompts, settings, seed=seed)
+        assert responses == ContinuousBatching(fresh).generate(prompts, settings, seed=seed)
+        return responses
+
+    try:
+        first = check(7)
+        assert check(7) == first and check(8) != first
+        check(7, temperature=0.5)
+        with torch.no_grad():
+            for parameter in (*demo_student.parameters(), *fresh.parameters()):
+                parameter.mul_(1.05)
+        assert check(7) != first
+    finally:
+        demo_student.destroy_cached_continuous_batching_manager()
+
+
+def test_too_small_a_cache_is_named(demo_student, demo_tokenizers, prompts):
+    with pytest.raises(ValueError, match="kv_cache_gb is 1e-06: expected room for two pages of 64 tokens"):
+        ContinuousBatching(demo_student, kv_cache_gb=1e-6).generate(prompts, sampling(demo_tokenizers[0]), seed=0)
+
+
+def test_static_batches_give_the_head_contiguous_rows(demo_student, demo_tokenizers, prompts):
+    head, seen = demo_student.get_output_embeddings(), []
+    hook = head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous()))
+    StaticBatching(demo_student).generate(prompts, sampling(demo_tokenizers[0]), seed=0)
+    hook.remove()
+    assert seen and all(seen)
+    assert not head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("engine", [CONTINUOUS, "static"])
+def test_no_prompts(engine, demo_student, demo_tokenizers):
+    assert make_engine(demo_student, engine).generate([], sampling(demo_tokenizers[0]), seed=0) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"end_ids": ()}, "end_ids is empty"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+    ],
+)
+def test_bad_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**{"end_ids": (1,), "pad_id": 0, "max_new_tokens": 4, **options})
+
+
+def test_an_unknown_engine_is_named(demo_student):
+    with pytest.raises(ValueError, match="rollout_engine is 'vllm'"):
+        make_engine(demo_student, "vllm")

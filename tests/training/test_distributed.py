@@ -1,0 +1,99 @@
+"""Two processes (gloo, on the CPU) against one, whole or sharded: the same prompts, the same losses, the same weights."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+RUN = """
+import sys
+import accelerate.state
+import torch
+from accelerate.utils import DistributedType
+from simct import SimCTConfig, SimCTTrainer
+from simct.demo import ASSETS
+from simct.data.records import read_prompts
+
+output, result, batch_size, sharded = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "fsdp"
+torch.set_num_threads(1)
+options = {}
+if sharded:
+    # accelerate sets FSDP up on accelerators only; torch itself shards on a CPU as well.
+    original = accelerate.state.AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            accelerate.state.PartialState._shared_state["distributed_type"] = self.distributed_type
+
+    accelerate.state.AcceleratorState.__init__ = init
+    fsdp = {"transformer_layer_cls_to_wrap": ["Gemma2DecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
+    options = dict(fsdp=True, fsdp_config=fsdp)
+config = SimCTConfig(
+    output_dir=output, max_steps=2, per_device_train_batch_size=batch_size, gradient_accumulation_steps=2,
+    learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", warmup_steps=0, max_new_tokens=16,
+    temperature=0.0,  # greedy: processes draw from random streams of their own
+    max_tokens_per_batch=40,  # the processes cut their share into different numbers of micro-batches
+    logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True, **options,
+)
+prompts = read_prompts(ASSETS / "train.jsonl")[:32]
+trainer = SimCTTrainer(str(ASSETS / "student"), str(ASSETS / "teacher"), config, prompts, prompts[:5])
+trainer.train()
+metrics = trainer.evaluate()
+trainer.save_model(result + "-saved")
+assert sharded == any(cls.__name__ == "FSDPModule" for cls in type(trainer.model).__mro__)
+named = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+weights = {name: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for name, p in named}
+if trainer.is_world_process_zero():
+    torch.save({"logs": trainer.state.log_history, "metrics": metrics, "weights": weights}, result)
+"""
+
+
+def run(tmp_path, processes: int, batch_size: int, kind: str = "whole") -> dict:
+    script, result = tmp_path / "run.py", tmp_path / f"{processes}-{kind}"
+    script.write_text(RUN)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [
+        sys.executable,
+        *(launcher if processes > 1 else []),
+        *(str(script), str(tmp_path / "out"), str(result), str(batch_size), kind),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(result, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("one"), 1, 8)
+
+
+@pytest.mark.parametrize("kind", ["whole", "fsdp"])
+def test_two_processes_equal_one(tmp_path, one, kind):
+    ours, theirs = one, run(tmp_path, 2, 4, kind)
+    names = (
+        "loss",
+        "loss/single",
+        "loss/longer",
+        "tokens/longer",
+        "response/length",
+        "response/entropy",
+        "teacher_mass",
+    )
+    for a, b in zip(ours["logs"], theirs["logs"], strict=True):
+        for name in names:
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-4), name
+    assert set(ours["weights"]) == set(theirs["weights"])
+    for name, weight in ours["weights"].items():
+        torch.testing.assert_close(weight, theirs["weights"][name], rtol=1e-4, atol=1e-6, msg=name)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"2-{kind}-saved", dtype=torch.float32)
+    for name, weight in saved.named_parameters():
+        torch.testing.assert_close(weight.detach(), theirs["weights"][name], rtol=0, atol=0, msg=name)
+    for metrics in ours["metrics"], theirs["metrics"]:
+        assert metrics["eval_samples"] + metrics["eval_samples_unscored"] == 5
