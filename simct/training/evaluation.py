@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from simct.training import checks
 from simct.training.collector import numbered_seed
 from simct.training.metrics import ratio_with_standard_error
 from simct.training.micro_batches import split
@@ -112,3 +113,37 @@ def measure(trainer, dataset) -> tuple[dict[str, float], Samples]:
             "accuracy_samples": found["samples"],
         }
     return {**metrics, "runtime": time.perf_counter() - started}, samples
+
+
+class Evaluation:
+    """The part of `SimCTTrainer` that evaluates."""
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """The sequence reverse KL per byte and per token on held-out prompts, and accuracy where they have an `answer`.
+
+        One response to each prompt, drawn from the student's own distribution (temperature 1, no truncation: the estimate of
+        KL(student || teacher) of whole texts is then unbiased) with the run's seed, so that two evaluations of one student agree.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        if dataset is None:
+            raise ValueError("eval_dataset is None: expected records with a prompt or messages")
+        checks.check_datasets(None, dataset)
+        if self.is_in_train:  # an evaluation between two logs is no part of their training time
+            self.recorder.close_window(self.state.global_step)
+        measured, self.evaluated = measure(self, dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.recorder.start_window(self.state.global_step)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def draw(self, records: list[dict[str, Any]]) -> Samples:
+        """One sample of each record from the student's own distribution, the same at every call with the same weights."""
+        self._update_engine()
+        sampling = replace(self.sampling, temperature=1.0, top_p=1.0)
+        with self.accelerator.autocast():
+            return self.collector.collect(records, sampling, numbered_seed(self.args.seed, 0, self.args.process_index))

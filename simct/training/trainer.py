@@ -11,7 +11,6 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,11 +27,12 @@ from simct.pairing.pair import TokenizerPair
 from simct.rollouts.engines import build_engine
 from simct.rollouts.protocol import Response, Sampling
 from simct.teachers.loading import Teacher, load_teachers
-from simct.training import checks, evaluation
+from simct.training import checks
 from simct.training.callbacks import AroundSteps
 from simct.training.checkpoints import Checkpoints
 from simct.training.collector import Collector, Scorer, generator, numbered_seed
 from simct.training.config import SimCTConfig
+from simct.training.evaluation import Evaluation
 from simct.training.faults import is_out_of_memory, release_memory, report_nonfinite
 from simct.training.micro_batches import MicroBatch, empty, split
 from simct.training.objectives import supervised_units, unit_loss
@@ -42,7 +42,7 @@ from simct_kernels import LMHead, token_statistics
 from simct_kernels.backends import choose as choose_backend
 
 
-class SimCTTrainer(Checkpoints, Trainer):
+class SimCTTrainer(Checkpoints, Evaluation, Trainer):
     """Distils `teacher` into `model` on the student's own samples; the two may have different tokenizers.
 
     Args:
@@ -368,35 +368,3 @@ class SimCTTrainer(Checkpoints, Trainer):
         if "loss" in logs:  # a training log; evaluation and the end of a run log other keys
             logs.update(self.recorder.flush(self.state.global_step))
         super().log(logs, start_time)
-
-    # ---- Evaluation ----
-
-    @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The sequence reverse KL per byte and per token on held-out prompts, and accuracy where they have an `answer`.
-
-        One response to each prompt, drawn from the student's own distribution (temperature 1, no truncation: the estimate of
-        KL(student || teacher) of whole texts is then unbiased) with the run's seed, so that two evaluations of one student agree.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, dict):
-            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
-            return {name: value for part in parts for name, value in part.items()}
-        if dataset is None:
-            raise ValueError("eval_dataset is None: expected records with a prompt or messages")
-        checks.check_datasets(None, dataset)
-        if self.is_in_train:  # an evaluation between two logs is no part of their training time
-            self.recorder.close_window(self.state.global_step)
-        measured, self.evaluated = evaluation.measure(self, dataset)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
-        self.recorder.start_window(self.state.global_step)
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def draw(self, records: list[dict[str, Any]]) -> Samples:
-        """One sample of each record from the student's own distribution, the same at every call with the same weights."""
-        self._update_engine()
-        sampling = replace(self.sampling, temperature=1.0, top_p=1.0)
-        with self.accelerator.autocast():
-            return self.collector.collect(records, sampling, numbered_seed(self.args.seed, 0, self.args.process_index))
