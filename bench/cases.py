@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simct_kernels import AlignedUnits, LMHead, SharedVocabulary
 
-from . import floor, texts
+from . import floor
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class Problem:
         self.case, self.device = case, device
         self.dtype = getattr(torch, case.dtype)
         if case.form == "text":
+            from . import texts  # with two tokenizers, and all that reads them
+
             self.text = texts.aligned_text(case.rows)
             self.units, self.shared = self.text.units, self.text.shared
         else:
@@ -109,9 +111,13 @@ class Problem:
         return values.uniform_(-reach, reach, generator=self._draw)
 
     def _serve(self, rows: int) -> None:
-        pick = torch.randint(len(self.shared), (rows, SERVED_K), generator=self._draw, device=self.device)
+        # Different ones in each row: which of two entries of one id counts is nobody's business.
+        count, size = min(SERVED_K, len(self.shared)), len(self.shared)
+        start = torch.randint(size, (rows, 1), generator=self._draw, device=self.device)
+        stride = torch.randint(1, size // count + 1, (rows, 1), generator=self._draw, device=self.device)
+        pick = (start + stride * torch.arange(count, device=self.device)) % size
         self.teacher_topk_ids = self.shared.teacher_ids[pick]
-        self.teacher_topk_logprobs = self._uniform(rows, SERVED_K).float().log_softmax(1) - 0.05
+        self.teacher_topk_logprobs = self._uniform(rows, count).float().log_softmax(1) - 0.05
         self.teacher_token_logprobs = self._uniform(rows).float() - 2
 
     def clear(self) -> None:

@@ -14,8 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simct.training.metrics import peak_memory_gb
-
 from .cases import Case, Problem
 
 L2_BYTES = 1 << 28  # more than any device's second-level cache: written between two calls, so that each starts cold
@@ -190,6 +188,8 @@ class PeakMemory:
     def _peak(self) -> int:
         if self.status.exists():
             return 1024 * int(re.search(r"VmHWM:\s+(\d+)", self.status.read_text())[1])
+        from simct.training.metrics import peak_memory_gb
+
         return int(1e9 * peak_memory_gb(self.device))
 
 

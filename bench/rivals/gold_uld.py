@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import texts
 from ..cases import Case, Problem
 from . import Method, missing
 from .materialised import both_logits
@@ -23,6 +22,8 @@ def prepare(problem: Problem, hybrid: bool) -> Callable[[], Tensor]:
     from trl.experimental.gold.gold_config import GOLDConfig
     from trl.experimental.gold.gold_trainer import ULDLoss
     from trl.experimental.utils import encode_with_byte_offsets
+
+    from .. import texts
 
     with tempfile.TemporaryDirectory() as folder:
         config = GOLDConfig(

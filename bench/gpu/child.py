@@ -1,0 +1,99 @@
+"""The process of one step: works through its items, says which one it is at, and leaves when the device is broken."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gc
+import importlib
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from . import faults, rows
+from .steps import Item, Run
+
+BROKEN = 70  # exit status: the device answers this process no more, the rest is for another one
+MODULES = {
+    "device": "device",
+    "oracle": "oracle",
+    "tests": "suite",
+    "profile": "profiles",
+    "bench": "losses",
+    "step": "train",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("step", choices=MODULES)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--progress", type=Path, required=True)  # one line for each item begun, and each ended
+    parser.add_argument("--end", type=float, required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--case", nargs="*", default=())
+    parser.add_argument("--method", nargs="*", default=())
+    options = parser.parse_args()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # asked before it is killed
+    run = Run(
+        options.step, options.folder, options.device, options.end, options.rehearse,
+        tuple(options.case), tuple(options.method),
+    )  # fmt: skip
+    done = {row["item"] for row in rows.read(options.progress) if "begin" in row}
+    run.item = "setup"
+    try:
+        items = importlib.import_module(f".{MODULES[options.step]}", __package__).items(run)
+    except Exception as error:
+        _failed(run, error, 0.0)
+        sys.exit(1)
+    if options.rehearse:
+        items = faults.among(options.step, items)
+    for item in items:
+        if item.name not in done:
+            _work(run, item, options.progress)
+
+
+def _work(run: Run, item: Item, progress: Path) -> None:
+    run.item = item.name
+    if run.left() < 2:
+        run.record(status="left out", note="no time left in its step")
+        return
+    rows.append(progress, {"item": item.name, "begin": time.time(), "seconds": item.seconds})
+    begin = time.perf_counter()
+    broken = False
+    try:
+        item.run()
+    except Exception as error:  # whatever it is, the other items go on
+        _failed(run, error, time.perf_counter() - begin)
+        broken = run.device == "cuda" and rows.breaks_device(error)
+    else:
+        run.record(status="ok", seconds=time.perf_counter() - begin)
+    rows.append(progress, {"item": item.name, "end": time.time()})
+    if broken:
+        sys.stderr.flush()
+        os._exit(BROKEN)  # without the device's own clean-up, which may wait for ever
+    _clean(run)
+
+
+def _failed(run: Run, error: Exception, seconds: float) -> None:
+    run.record(status=rows.status_of(error), seconds=seconds, error=rows.short(error), where=rows.where(error))
+    print(f"--- {run.step}: {run.item}", file=sys.stderr)
+    text = "".join(traceback.format_exception(error))
+    print(text if len(text) < 4000 else f"{text[:2000]}\n[...]\n{text[-2000:]}", file=sys.stderr, flush=True)
+
+
+def _clean(run: Run) -> None:
+    gc.collect()
+    if run.device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What a step is: a list of items, worked through in order. And the table of the steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import rows
+
+# Seconds of a step when the whole run has nine minutes; what one leaves over is the others'.
+STEPS = {"device": 30, "oracle": 90, "tests": 120, "profile": 60, "bench": 160, "step": 70}
+
+
+@dataclass(frozen=True)
+class Item:
+    name: str
+    run: Callable[[], object]
+    seconds: float = 30.0  # after which it is given up
+
+
+@dataclass
+class Run:
+    """What a step's items are given."""
+
+    step: str
+    folder: Path  # of the results
+    device: str  # "cuda", or "cpu" in a rehearsal
+    end: float  # time.time() at which the step must be done
+    rehearse: bool = False
+    cases: tuple[str, ...] = ()  # only cases and methods with one of these in their names; none: all
+    methods: tuple[str, ...] = ()
+    item: str = field(default="", init=False)
+
+    def left(self) -> float:
+        return self.end - time.time()
+
+    def record(self, **row: Any) -> None:
+        row = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+        rows.append(self.folder / rows.NAME, {"step": self.step, "item": self.item, **row})
+
+    def known(self, step: str) -> list[dict[str, Any]]:
+        """The rows that an earlier step left."""
+        return [row for row in rows.read(self.folder / rows.NAME) if row["step"] == step]
+
+    def chooses(self, name: str, among: tuple[str, ...]) -> bool:
+        return not among or any(part in name for part in among)
