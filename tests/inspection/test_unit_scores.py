@@ -10,6 +10,7 @@ from simct.commands.inspect import SAMPLES
 from simct.data.prompts import render_prompt
 from simct.data.records import read_prompts
 from simct.demo import ASSETS
+from simct.inspection.samples import SamplePages
 from simct.pairing.pair import TokenizerPair
 from simct_kernels import LMHead, bpm_loss, simct_loss
 
@@ -170,7 +171,9 @@ def trainer(tmp_path, teacher=TEACHER, held_out=None, records=None, **settings):
     )  # fmt: skip
     records = records or read_prompts(ASSETS / "train.jsonl")[:8]
     held_out = held_out or read_prompts(ASSETS / "eval.jsonl")[:6]
-    return SimCTTrainer(STUDENT, teacher, SimCTConfig(**{**defaults, **settings}), records, held_out)
+    run = SimCTTrainer(STUDENT, teacher, SimCTConfig(**{**defaults, **settings}), records, held_out)
+    run.add_callback(SamplePages(run))  # as `simct train` does
+    return run
 
 
 def pages(tmp_path) -> dict[str, Page]:
