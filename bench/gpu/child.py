@@ -18,13 +18,9 @@ from .steps import Item, Run
 
 BROKEN = 70  # exit status: the device answers this process no more, the rest is for another one
 MODULES = {
-    "device": "device",
-    "oracle": "oracle",
-    "tests": "suite",
-    "profile": "profiles",
-    "bench": "losses",
-    "step": "train",
-}
+    "device": "device", "oracle": "oracle", "tests": "suite", "profile": "profiles", "bench": "losses", "step": "train",
+    "faults": "faults",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -89,10 +85,8 @@ def _failed(run: Run, error: Exception, seconds: float) -> None:
 
 def _clean(run: Run) -> None:
     gc.collect()
-    if run.device == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()
+    if run.device == "cuda" and "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
 
 
 if __name__ == "__main__":

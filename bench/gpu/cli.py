@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import rows, summary
 from .steps import STEPS
-from .supervise import Settings, run_step
+from .supervise import GRACE, Settings, run_step
 
 REHEARSAL_SECONDS = 60.0  # of a step
 
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         tuple(options.case),
         tuple(options.method),
     )
-    begin, end = time.time(), time.time() + 60 * options.minutes
+    begin, end = time.time(), time.time() + 60 * options.minutes - GRACE
     for number, step in enumerate(steps):
         rest = sum(STEPS[later] for later in steps[number:])
         seconds = REHEARSAL_SECONDS if options.rehearse else max(0.0, end - time.time()) * STEPS[step] / rest

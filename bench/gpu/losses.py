@@ -26,10 +26,8 @@ RIVALS = {
     "served": ("log-sum-exp of the student alone",),
 }
 SLOW = ("loop over units", "compiled")
-AGREE = {
-    "float32": 1e-3,
-    "bfloat16": 3e-2,
-}  # relative difference of loss and gradient's norm: rivals round their logits
+# Relative difference of the loss and of the gradient's norm; rivals round their logits.
+AGREE = {"float32": 1e-3, "bfloat16": 3e-2}
 
 
 def items(run: Run) -> list[Item]:
@@ -39,7 +37,7 @@ def items(run: Run) -> list[Item]:
     pairs += quick + [(case, method) for case, several in OURS.items() for method in several[1:]]
     pairs += [(case, method) for case, several in RIVALS.items() for method in several if _slow(method)]
     if run.rehearse:
-        pairs = [(case, method) for case, method in pairs if not _slow(method)]
+        pairs = [("headline", "ours"), ("headline", "materialised"), ("one vocabulary", "Liger fused linear JSD")]
     return [
         Item(
             f"{case}: {method}",

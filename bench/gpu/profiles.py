@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def kernels(run: Run, case: Case) -> None:
     for _ in range(2):
         step()
     gpu = run.device == "cuda"
+    host_ms, wall_ms = _host_and_wall(step, gpu)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     if gpu:
         torch.cuda.synchronize()
@@ -85,6 +87,8 @@ def kernels(run: Run, case: Case) -> None:
     found = {
         "what": "profile",
         "case": case.name,
+        "host_ms": host_ms,
+        "wall_ms": wall_ms,
         **{f"calls of {name}": count for name, count in counts.items() if count},
     }
     if spans:
@@ -106,6 +110,16 @@ def kernels(run: Run, case: Case) -> None:
         print("\nGaps of the device above 20 microseconds, with what ran before and after:", file=file)
         for gap, at, before, after in _gaps(spans)[:30]:
             print(f"{gap / 1e3:9.3f} ms at {at / 1e3:9.3f} ms: {before[:60]} -> {after[:60]}", file=file)
+
+
+def _host_and_wall(step: Callable[[], None], gpu: bool) -> tuple[float, float]:
+    """Until the host has launched everything, and until the device is done: what is the same for a call that waits."""
+    begin = time.perf_counter()
+    step()
+    launched = time.perf_counter()
+    if gpu:
+        torch.cuda.synchronize()
+    return 1e3 * (launched - begin), 1e3 * (time.perf_counter() - begin)
 
 
 def _device_ms(event) -> float:

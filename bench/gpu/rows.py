@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
 import traceback
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 NAME = "rows.jsonl"
+REPOSITORY = Path(__file__).parent.parent.parent
+OURS = re.compile(re.escape(f"{REPOSITORY}/") + r"((?:simct_kernels|simct|bench|tests)/.+)")
 OUT_OF_MEMORY, MISSING, FAILED = "out of memory", "missing", "failed"
 
 
@@ -30,16 +30,6 @@ def read(path: Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 continue
     return found
-
-
-def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """All rows in one table: a column for every key."""
-    rows = list(rows)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _finite(value: Any) -> Any:
@@ -64,16 +54,9 @@ def short(error: BaseException, length: int = 400) -> str:
 
 
 def where(error: BaseException) -> str:
-    """The last of our own lines that it passed."""
-    ours = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if re.search(r"/(simct_kernels|simct|bench|tests)/", frame.filename)
-    ]
-    if not ours:
-        return ""
-    name = re.sub(r"^.*/(?=(simct_kernels|simct|bench|tests)/)", "", ours[-1].filename)
-    return f"{name}:{ours[-1].lineno}"
+    """The last line of this repository that it passed."""
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if OURS.match(frame.filename)]
+    return f"{OURS.match(ours[-1].filename)[1]}:{ours[-1].lineno}" if ours else ""
 
 
 def breaks_device(error: BaseException | str) -> bool:

@@ -8,18 +8,20 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import pytest_outcomes
+from . import pytest_outcomes, rows
 from .steps import Item, Run
 
 # Compiling ahead of time for other devices needs none, and takes this one's time.
 PATHS = ("tests/triton_backend", "tests/kernels", "--ignore", "tests/triton_backend/test_triton_compile.py")
-REHEARSED = ("tests/triton_backend/test_triton_indexed.py::test_no_entry", "tests/kernels/test_statistics.py")
-REPORT = "tests.txt"
-REPOSITORY = Path(__file__).parent.parent.parent
+REHEARSED = ("tests/triton_backend/test_triton_indexed.py::test_no_entry",)
+# These tests need neither transformers nor the fixtures that the others share.
+ALONE = ("--confcutdir", "tests/triton_backend", "-o", "pythonpath=. tests")
+REPORT, OUTCOMES = "tests.txt", "outcomes.jsonl"
 
 
 def items(run: Run) -> list[Item]:
@@ -33,29 +35,25 @@ def pytest(run: Run) -> None:
     if find_spec("pytest_timeout") is not None:
         # Its thread ends the whole worker: one that waits for the device hears no signal.
         command += ["--timeout", "60", "--timeout-method", "thread"]
-    command += REHEARSED if run.rehearse else PATHS
-    outcomes = run.folder / ".outcomes.jsonl"
+    command += [*ALONE, *(REHEARSED if run.rehearse else PATHS)]
+    outcomes = run.folder / OUTCOMES
     outcomes.unlink(missing_ok=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     environment[pytest_outcomes.VARIABLE] = str(outcomes)
-    output = run.folder / ".pytest.txt"
-    try:
-        with output.open("wb") as file:
-            process = subprocess.Popen(
-                command, cwd=REPOSITORY, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )  # fmt: skip
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, cwd=rows.REPOSITORY, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
         seconds = max(5.0, run.left() - 3)
         try:
             note = f"exit status {process.wait(seconds)}"
         except subprocess.TimeoutExpired:
             note = f"stopped after {seconds:.0f} s"
             os.killpg(process.pid, signal.SIGKILL)  # its workers too, of which one may wait for the device for ever
-        print(output.read_text(errors="replace")[-6000:], flush=True)
-        _report(run, outcomes, note)
-    finally:
-        outcomes.unlink(missing_ok=True)
-        output.unlink(missing_ok=True)
+        output.seek(0)
+        print(output.read().decode(errors="replace")[-6000:], flush=True)
+    _report(run, outcomes, note)
 
 
 def _report(run: Run, path: Path, note: str) -> None:

@@ -1,4 +1,4 @@
-"""The short table at the end: what passed, failed or was given up, and the numbers that matter. Also all rows as CSV."""
+"""The short table at the end: what passed, failed or was given up, and the numbers that matter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from . import rows
 from .steps import STEPS
 
-TEXT, TABLE = "summary.txt", "results.csv"
+TEXT = "summary.txt"
 Row = dict
 
 
@@ -17,7 +17,6 @@ def write(folder: Path) -> str:
     found = rows.read(folder / rows.NAME)
     text = "\n".join(_lines(found))
     (folder / TEXT).write_text(text + "\n", encoding="utf-8")
-    rows.write_csv(folder / TABLE, found)
     return text
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from . import rows
 
-REPOSITORY = Path(__file__).parent.parent.parent
 LOG = "log.txt"
 KEPT = 12_000  # characters of a process's output, of which the end says most
 GRACE = 5.0  # seconds that a process may take beyond its step's end: to import, and to leave
@@ -50,7 +49,7 @@ def _run_process(step: str, end: float, progress: Path, output: Path, settings: 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     with output.open("wb") as file:
         process = subprocess.Popen(
-            [str(part) for part in command], cwd=REPOSITORY, env=environment, stdout=file, stderr=file,
+            [str(part) for part in command], cwd=rows.REPOSITORY, env=environment, stdout=file, stderr=file,
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
     reason = ""
@@ -114,8 +113,10 @@ def _signal_name(status: int | None) -> str:
 
 def _last_line_of_ours(text: str) -> str:
     """Of the traceback that faulthandler left: the innermost line of this repository."""
-    found = re.findall(r'File "[^"]*/((?:simct_kernels|simct|bench|tests)/[^"]+)", line (\d+)', text)
-    return ":".join(found[0]) if found else ""
+    for file, line in re.findall(r'File "([^"]+)", line (\d+)', text):
+        if ours := rows.OURS.match(file):
+            return f"{ours[1]}:{line}"
+    return ""
 
 
 def _log(path: Path, step: str, text: str, reason: str) -> None:

