@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 
 from . import faults, rows
+from .compilations import Compilations
 from .steps import Item, Run
 
 BROKEN = 70  # exit status: the device answers this process no more, the rest is for another one
@@ -49,12 +50,16 @@ def main() -> None:
         sys.exit(1)
     if options.rehearse:
         items = faults.among(options.step, items)
+    counted = Compilations() if run.device == "cuda" and "torch" in sys.modules else None
     for item in items:
         if item.name not in done:
-            _work(run, item, options.progress)
+            _work(run, item, options.progress, counted)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # without waiting for compilers and the device, of which some never end
 
 
-def _work(run: Run, item: Item, progress: Path) -> None:
+def _work(run: Run, item: Item, progress: Path, counted: Compilations | None) -> None:
     run.item = item.name
     if run.left() < 2:
         run.record(status="left out", note="no time left in its step")
@@ -65,10 +70,10 @@ def _work(run: Run, item: Item, progress: Path) -> None:
     try:
         item.run()
     except Exception as error:  # whatever it is, the other items go on
-        _failed(run, error, time.perf_counter() - begin)
+        _failed(run, error, time.perf_counter() - begin, counted)
         broken = run.device == "cuda" and rows.breaks_device(error)
     else:
-        run.record(status="ok", seconds=time.perf_counter() - begin)
+        run.record(status="ok", seconds=time.perf_counter() - begin, **(counted.take() if counted else {}))
     rows.append(progress, {"item": item.name, "end": time.time()})
     if broken:
         sys.stderr.flush()
@@ -76,8 +81,9 @@ def _work(run: Run, item: Item, progress: Path) -> None:
     _clean(run)
 
 
-def _failed(run: Run, error: Exception, seconds: float) -> None:
-    run.record(status=rows.status_of(error), seconds=seconds, error=rows.short(error), where=rows.where(error))
+def _failed(run: Run, error: Exception, seconds: float, counted: Compilations | None = None) -> None:
+    found = counted.take() if counted else {}
+    run.record(status=rows.status_of(error), seconds=seconds, error=rows.short(error), where=rows.where(error), **found)
     print(f"--- {run.step}: {run.item}", file=sys.stderr)
     text = "".join(traceback.format_exception(error))
     print(text if len(text) < 4000 else f"{text[:2000]}\n[...]\n{text[-2000:]}", file=sys.stderr, flush=True)

@@ -7,13 +7,14 @@ import os
 import re
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import rows, summary
-from .steps import STEPS
+from .steps import STEPS, TOGETHER
 from .supervise import GRACE, Settings, run_step
 
-REHEARSAL_SECONDS = 60.0  # of a step
+REHEARSAL_SECONDS = 180.0  # of a step
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,17 +43,38 @@ def main(arguments: list[str] | None = None) -> None:
         tuple(options.method),
     )
     begin, end = time.time(), time.time() + 60 * options.minutes - GRACE
-    for number, step in enumerate(steps):
-        rest = sum(STEPS[later] for later in steps[number:])
-        seconds = REHEARSAL_SECONDS if options.rehearse else max(0.0, end - time.time()) * STEPS[step] / rest
-        print(f"[{time.time() - begin:4.0f} s] {step}: at most {seconds:.0f} s", flush=True)
-        since = time.time()
-        outcome = run_step(step, seconds, settings)
-        found = {"step": step, "item": "", "status": outcome, "seconds": time.time() - since}
-        rows.append(folder / rows.NAME, found)
+    groups = _groups(steps)
+    for number, group in enumerate(groups):
+        rest = sum(_weight(later) for later in groups[number:])
+        seconds = REHEARSAL_SECONDS if options.rehearse else max(0.0, end - time.time()) * _weight(group) / rest
+        print(f"[{time.time() - begin:4.0f} s] {' and '.join(group)}: at most {seconds:.0f} s", flush=True)
+        with ThreadPoolExecutor(len(group)) as pool:
+            list(pool.map(lambda step, seconds=seconds: _run(step, seconds, settings), group))
         summary.write(folder)  # kept, whatever comes next
     print(summary.write(folder))
     print(f"{time.time() - begin:.0f} s in all: {folder}")
+
+
+def _groups(steps: list[str]) -> list[list[str]]:
+    """In their order, neighbours that may run side by side together."""
+    groups: list[list[str]] = []
+    for step in steps:
+        if groups and step in TOGETHER and groups[-1][-1] in TOGETHER:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
+
+
+def _weight(group: list[str]) -> int:
+    return max(STEPS[step] for step in group)
+
+
+def _run(step: str, seconds: float, settings: Settings) -> None:
+    begin = time.time()
+    outcome = run_step(step, seconds, settings)
+    found = {"step": step, "item": "", "status": outcome, "seconds": time.time() - begin}
+    rows.append(settings.folder / rows.NAME, found)
 
 
 def _folder(rehearse: bool) -> Path:

@@ -17,16 +17,16 @@ from . import rows
 from .steps import Item, Run
 from .timing import times
 
-# A head's columns (K shared ones, the same padded to a multiple of 64, or a whole vocabulary) and its width.
+# A head's columns (K shared ones padded to a multiple of 64, as they are, or a whole vocabulary), its width, and the rows
+# of a chunk: first the ceiling. An odd number of columns takes cuBLAS off its fast path, whatever the rows.
 HEADS = {
-    "Gemma K": (97_675, 2304),
-    "Gemma K padded": (97_728, 2304),
-    "Qwen K": (97_675, 3584),
-    "Gemma V": (256_000, 2304),
-    "Qwen V": (152_064, 3584),
-    "one vocabulary": (128_256, 4096),
+    "Gemma K padded": (97_728, 2304, (8192, 512, 1024, 2048, 4096)),
+    "Gemma V": (256_000, 2304, (8192, 512, 2048)),
+    "Qwen K padded": (97_728, 3584, (8192, 512, 2048)),
+    "Qwen V": (152_064, 3584, (8192, 512, 2048)),
+    "one vocabulary": (128_256, 4096, (8192, 512, 1024, 2048, 4096)),
+    "Gemma K": (97_675, 2304, (8192, 512)),
 }
-HEIGHTS = (8192, 512, 1229, 2048, 4096)  # rows of a chunk; first the ceiling
 PACKAGES = (
     "torch", "triton", "transformers", "accelerate", "peft", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "rich",
     "hypothesis", "datasets", "trl", "liger-kernel", "cut-cross-entropy", "httpx", "tokenizers",
@@ -34,7 +34,7 @@ PACKAGES = (
 
 
 def items(run: Run) -> list[Item]:
-    heads = {"toy": (200, 32)} if run.rehearse else HEADS
+    heads = {"toy": (200, 32, (16, 8))} if run.rehearse else HEADS
     made = [
         Item("versions", lambda: versions(run)),
         Item("copy", lambda: copies(run)),
@@ -90,7 +90,7 @@ def launches(run: Run) -> None:
     run.record(what="launch", **spans.row(), microseconds=spans.median)
 
 
-def products(run: Run, name: str, columns: int, width: int) -> None:
+def products(run: Run, name: str, columns: int, width: int, heights: tuple[int, ...]) -> None:
     gpu = run.device == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32  # a CPU has no product with out_dtype
     draw = torch.Generator(run.device).manual_seed(0)
@@ -98,7 +98,6 @@ def products(run: Run, name: str, columns: int, width: int) -> None:
     def uniform(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=run.device).uniform_(-1, 1, generator=draw)
 
-    heights = HEIGHTS if gpu else (16, 8)
     weight, all_hidden = uniform(columns, width), uniform(heights[0], width)
     all_gradient = uniform(heights[0], columns)
     total = torch.zeros(columns, width, device=run.device)
@@ -135,7 +134,7 @@ def products(run: Run, name: str, columns: int, width: int) -> None:
                     raise
                 continue
             rate = 2e3 * height * columns * width / spans.median
-            bound = 1e-2 if kind == "logits, 16 bits" else 1e-4
+            bound = 1e-2 if kind == "logits, 16 bits" else 1e-3  # a sum of 256,000 products in float32: 2e-4
             run.record(**common, **spans.row(), flop_per_s=rate, relative_error=error, passed=error < bound)
 
 

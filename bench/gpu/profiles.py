@@ -17,7 +17,7 @@ from .steps import Item, Run
 from .timing import peak_bytes, times
 
 TEXT, TABLE = "profile.txt", "profile.csv"
-CHUNKS = (512, 1229, 2048, 4096)
+CHUNKS = ("auto", 2048, 4096, 1229, 512)
 # Host calls that wait for the device, or make it wait for the host, as the profiler names them.
 WAITS = (
     "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpyAsync", "cudaMalloc",
@@ -26,16 +26,15 @@ WAITS = (
 
 
 def items(run: Run) -> list[Item]:
-    made = []
-    for case in [headline(True)] if run.rehearse else [headline(False), one_vocabulary(False)]:
-        if not run.chooses(case.name, run.cases):
-            continue
-        made.append(Item(f"kernels, {case.name}", lambda case=case: kernels(run, case), 40.0))
-        for rows in (8,) if run.rehearse else ("auto", *CHUNKS):
-            made.append(
-                Item(f"chunk_rows {rows}, {case.name}", lambda case=case, rows=rows: chunk(run, case, rows), 30.0)
-            )
-    return made
+    cases = [headline(True)] if run.rehearse else [headline(False), one_vocabulary(False)]
+    cases = [case for case in cases if run.chooses(case.name, run.cases)]
+    chunks = (8,) if run.rehearse else CHUNKS
+    made = [Item(f"kernels, {case.name}", lambda case=case: kernels(run, case), 60.0) for case in cases]
+    return made + [
+        Item(f"chunk_rows {rows}, {case.name}", lambda case=case, rows=rows: chunk(run, case, rows), 40.0)
+        for rows in chunks
+        for case in cases
+    ]
 
 
 def _step(problem: Problem, **keywords) -> Callable[[], None]:

@@ -32,6 +32,7 @@ def _lines(found: list[Row]) -> Iterator[str]:
         mine = [row for row in found if row["step"] == step]
         if mine:
             yield f"{step:8} {_outcome(mine)}"
+    yield from _compilations(found)
     yield from _errors(found)
 
 
@@ -41,6 +42,15 @@ def _outcome(mine: list[Row]) -> str:
     ends = [row for row in mine if not row["item"]]
     ended = f"{ends[-1]['status']} in {ends[-1]['seconds']:.0f} s" if ends else "did not end"
     return f"{ended}; items: " + (", ".join(f"{count} {status}" for status, count in items.most_common()) or "none")
+
+
+def _compilations(found: list[Row]) -> Iterator[str]:
+    compiling = [row for row in found if row.get("compiled")]
+    for row in sorted(compiling, key=lambda row: -row["compile_seconds"])[:8]:
+        yield (
+            f"compiled {row['compiled']} kernels in {row['compile_seconds']:.1f} s: {row['step']}/{row['item']} "
+            f"({row['compiled_kernels'][:90]})"
+        )
 
 
 def _errors(found: list[Row]) -> Iterator[str]:

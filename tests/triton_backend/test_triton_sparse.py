@@ -134,7 +134,11 @@ def test_what_needs_no_gradient():
     expected, expected_gradients = run_linear(problem, top_k=2)
     for part, reduction, keys in ((frozen, "sum", {"hidden"}), (only_head, "none", {"weight", "bias"})):
         loss, gradients = run_linear(part, top_k=2, reduction=reduction)
-        assert loss.sum().equal(expected) and gradients.keys() == keys
+        # A GPU adds the units up in an order of its own.
+        same = (
+            loss.sum().equal(expected) if triton_cases.DEVICE == "cpu" else relative_error(loss.sum(), expected) < 1e-6
+        )
+        assert same and gradients.keys() == keys
         assert all(relative_error(gradients[key], expected_gradients[key]) < 1e-6 for key in keys)
     with torch.no_grad():
         assert triton_cases.linear_simct_loss(*problem.arguments(), top_k=2).equal(expected)
