@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from simct_kernels.host import to_device
+
 
 @dataclass(frozen=True, eq=False)
 class SharedVocabulary:
@@ -304,7 +306,7 @@ def _moved(checked, device: torch.device | str):
     moved = copy.copy(checked)
     for name, value in vars(checked).items():
         if isinstance(value, Tensor):
-            object.__setattr__(moved, name, value.to(device))
+            object.__setattr__(moved, name, to_device(value, device))
     return moved
 
 

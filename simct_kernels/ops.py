@@ -308,7 +308,10 @@ class _Loss:
 
     def _filled(self, gradients, like: Tensor) -> list[Tensor]:
         """An op returns tensors only: an empty one stands for None."""
-        return [like.new_empty(0) if gradient is None else gradient for gradient in gradients[: self.count]]
+        return [
+            gradient if isinstance(gradient, Tensor) else gradient.make(None, like.dtype)
+            for gradient in (like.new_empty(0) if made is None else made for made in gradients[: self.count])
+        ]
 
     def _fake_gradients(self, arguments, needs_grad) -> list[Tensor]:
         dtype = arguments[0].dtype if self.gradients_as_inputs else self.dtype(*arguments)

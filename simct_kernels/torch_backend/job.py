@@ -19,7 +19,7 @@ from simct_kernels.options import LossOptions
 from simct_kernels.torch_backend.blocks import BlockedRows
 from simct_kernels.torch_backend.divergence import divergence
 from simct_kernels.torch_backend.plan import Chunk, Part, plan_chunks, row_blocks, unit_blocks
-from simct_kernels.torch_backend.rows import LinearRows, LogitRows, Rows, add_repeated
+from simct_kernels.torch_backend.rows import LinearRows, LogitRows, Pending, Rows, add_repeated
 
 # A unit's top_k columns are picked one by one (k head rows each) where that is at most a 16th of the K shared columns:
 # picked columns cost memory traffic, not arithmetic, so a product over all K is as fast above that.
@@ -135,8 +135,11 @@ class LossJob(Steps):
         teacher_input: Tensor,  # [N_t, H_t] or [N_t, V_t]
         needs_grad: tuple[bool, bool, bool],  # student_input, weight, bias
         unit_weights: Tensor | None = None,  # [G], what each unit's gradient is multiplied by; None: 1
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The units' losses [G] and the gradients that are needed, in the compute dtype (or that of given logits)."""
+    ) -> tuple[Tensor, tuple[Tensor | Pending | None, ...]]:
+        """The units' losses [G] and the gradients that are needed, in the compute dtype (or that of given logits).
+
+        A weight's may be pending (see rows.Pending).
+        """
         student: Rows
         teacher: Rows
         if self.student_head is None or self.teacher_head is None:
@@ -158,9 +161,12 @@ class LossJob(Steps):
             teacher_columns=teacher.columns,
             chunk_rows=self.chunk_rows,
             teacher_always_whole=self.options.teacher_mass_floor is not None,
+            merges=not picks,
         )
         # Under autocast float32 products would be rounded to 16 bits.
         with torch.no_grad(), torch.autocast(student_input.device.type, enabled=False):
+            student.expect([chunk.student for chunk in chunks])
+            teacher.expect([chunk.teacher for chunk in chunks])
             for chunk in chunks:
                 weights = None if unit_weights is None else unit_weights[chunk.units]
                 losses[chunk.units] = self._run_chunk(chunk, student, teacher, picks, any(needs_grad), weights)
@@ -376,20 +382,27 @@ class _SimCT(torch.autograd.Function):
             raise RuntimeError("a SimCT loss cannot be differentiated twice: backward without create_graph=True")
         inputs = ctx.saved_tensors[:3]
         gradients, ctx.gradients = ctx.gradients, None  # given away: a second backward makes them again
+        scale = None
         if gradients is None:
             count = len(ctx.job.units)
             unit_weights = grad_loss.expand(count) if ctx.summed else grad_loss
             student_input, _, _, teacher_input = ctx.saved_tensors
             _, gradients = ctx.job.run(student_input, teacher_input, tuple(ctx.needs_input_grad[3:6]), unit_weights)
-        else:
-            if grad_loss.device.type != "cpu" or grad_loss != 1:  # elsewhere looking would wait
-                gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients]
+        elif grad_loss.device.type != "cpu" or grad_loss != 1:  # elsewhere looking would wait
+            scale = grad_loss
         # float32 until here: the one rounding to the inputs' dtype comes last.
         gradients = [
-            None if gradient is None else gradient.to(tensor.dtype)
+            None if gradient is None else scaled(gradient, scale, tensor.dtype)
             for gradient, tensor in zip(gradients, inputs, strict=True)
         ]
         return None, None, None, *gradients, None
+
+
+def scaled(gradient: Tensor | Pending, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scale times a gradient, which may be written over, in `dtype`."""
+    if not isinstance(gradient, Tensor):
+        return gradient.make(scale, dtype)
+    return (gradient if scale is None else gradient.mul_(scale)).to(dtype)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

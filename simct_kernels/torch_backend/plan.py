@@ -6,14 +6,17 @@ either the K shared columns only or whole rows. A chunk holds no more elements o
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from simct_kernels.host import on_host, to_device
 from simct_kernels.inputs import AlignedUnits, SharedVocabulary
 from simct_kernels.options import LossOptions
 
@@ -21,6 +24,15 @@ from simct_kernels.options import LossOptions
 # other devices (0.5 GB) has not been measured.
 _AUTO_ELEMENTS = {"cpu": 1 << 24}
 _AUTO_ELEMENTS_ELSEWHERE = 1 << 27
+
+# Rows of the tiles that matrix products on a GPU are made of: a chunk of one row more pays for the whole tile.
+ROW_TILE = 128
+# Kinds of unit with a continuation that would read fewer rows than this by themselves are read whole on both sides, with the
+# others: student rows of units with one student token, teacher rows of units with one teacher token. A head's shared rows are
+# read from memory in the time that a product of some 250 rows with them takes; what whole rows cost in vain is three
+# products of the student, but one of the teacher.
+MERGE_ROWS = {"cpu": (64, 64)}
+MERGE_ROWS_ELSEWHERE = (256, 1024)
 
 # Elements of a chunk that one pass after the other goes over: on the CPU, as many as stay in its cache.
 _BLOCK_ELEMENTS = {"cpu": 1 << 20}
@@ -33,13 +45,10 @@ class Part:
     rows: Tensor  # int64 [R]
     tokens: Tensor  # int64 [R], what the rows predict
     first: Tensor  # int64 [g], where in `rows` each unit begins
+    first_rows: Tensor  # int64 [g], rows[first]
     unit: Tensor  # int64 [R], the unit of each row, counted in the chunk
     length: Tensor  # int64 [g], rows of each unit
     whole: bool  # whether it reads the rows' whole vocabulary
-
-    @property
-    def first_rows(self) -> Tensor:  # int64 [g]
-        return self.rows[self.first]
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,11 @@ class Chunk:
 
 def auto_rows(columns: int, device: torch.device) -> int:
     """The number of rows of `columns` elements that chunk_rows="auto" takes at once: at least 1."""
-    return max(1, _AUTO_ELEMENTS.get(device.type, _AUTO_ELEMENTS_ELSEWHERE) // columns)
+    return max(1, _elements(device) // columns)
+
+
+def _elements(device: torch.device) -> int:
+    return _AUTO_ELEMENTS.get(device.type, _AUTO_ELEMENTS_ELSEWHERE)
 
 
 def row_blocks(count: int, columns: int, device: torch.device) -> Iterator[slice]:
@@ -88,86 +101,193 @@ def plan_chunks(
     chunk_rows: int | str,
     student_always_whole: bool = False,  # whether every unit's rows are read whole, also where a score needs less
     teacher_always_whole: bool = False,
+    merges: bool = False,  # whether a kind of few rows joins the one that reads whole rows on both sides
 ) -> list[Chunk]:
-    """Sorts the units by the way they read and cuts each kind into chunks. Waits for the device once."""
+    """Sorts the units by the way they read and cuts each kind into chunks, in numpy, and copies the result once.
+
+    Never waits for a device, but for units or a vocabulary that were made on it. The last plan of some units is kept.
+    """
     if len(units) == 0:
         return []
     device = units.student_start.device
-    has_continuation = units.has_continuation(shared)
+    sizes = (shared_width, student_columns, teacher_columns)
+    key = (options, *sizes, chunk_rows, student_always_whole, teacher_always_whole, merges, _elements(device))
+    sources = (*(getattr(units, name) for name in _UNIT_FIELDS), shared.student_ids, shared.teacher_ids)
+    kept = _KEPT.get(units.student_start)
+    if kept is not None and kept[0] == key and all(a is b for a, b in zip(kept[1], sources, strict=True)):
+        return kept[2]
+
+    host = {name: _numpy(getattr(units, name)) for name in ("student_start", *_UNIT_FIELDS[:-1])}
+    has_continuation = _has_continuation(host, _numpy(shared.student_ids), _numpy(shared.teacher_ids))
     # A side whose realisation is one token scores its continuation on the row of its shared candidates: the row's
     # log-sum-exp is then one constant for all candidates and cancels, as it does in a single unit.
-    student_whole = has_continuation & (units.student_length > 1) & options.normalises | student_always_whole
-    teacher_whole = has_continuation & (units.teacher_length > 1) & options.normalises | teacher_always_whole
+    lengthy = has_continuation & options.normalises
+    student_whole = lengthy & (host["student_length"] > 1) | student_always_whole
+    teacher_whole = lengthy & (host["teacher_length"] > 1) | teacher_always_whole
     kind = has_continuation * 4 + student_whole * 2 + teacher_whole
-    order = kind.argsort(stable=True)
-    kinds, student_lengths, teacher_lengths = torch.stack(
-        [kind[order], units.student_length[order], units.teacher_length[order]]
-    ).tolist()
+    if merges and options.normalises:
+        kind = _merge(kind, host["teacher_length"], device)
+    order = kind.argsort(kind="stable")
+    codes, begins = np.unique(kind[order], return_index=True)
 
-    def limit(width: int) -> int:
-        return auto_rows(width, device) if chunk_rows == "auto" else chunk_rows
+    cuts = [np.zeros(1, np.int64)]
+    for code, begin, end in zip(codes, begins, [*begins[1:], len(order)], strict=True):
+        members = order[begin:end]
+        widths = student_columns if code & 2 else shared_width, teacher_columns if code & 1 else shared_width
+        costs = [(np.ones(len(members), np.int64), _limit(shared_width, widths, chunk_rows, device))]
+        if code & 2:
+            costs.append((host["student_length"][members], _limit(student_columns, widths, chunk_rows, device)))
+        if code & 1:
+            costs.append((host["teacher_length"][members], _limit(teacher_columns, widths, chunk_rows, device)))
+        cuts.append(begin + _cut(costs, 1 if device.type == "cpu" else ROW_TILE, chunk_rows == "auto"))
+    cuts = np.concatenate(cuts)
 
-    student_limit, teacher_limit = limit(student_columns), limit(teacher_columns)
-    # As few chunks as the limit allows, of units as many each: a last chunk of few rows would be as slow as a full one.
-    shared_limit = limit(shared_width)
-    even = {code: math.ceil(count / math.ceil(count / shared_limit)) for code, count in Counter(kinds).items()}
-    cuts, student_rows, teacher_rows = [0], 0, 0
-    for place, code in enumerate(kinds):
-        more_student = student_lengths[place] if code & 2 else 0
-        more_teacher = teacher_lengths[place] if code & 1 else 0
-        full = (
-            place - cuts[-1] >= even[code]
-            or student_rows + more_student > student_limit
-            or teacher_rows + more_teacher > teacher_limit
-        )
-        if place > cuts[-1] and (full or code != kinds[place - 1]):
-            cuts.append(place)
-            student_rows = teacher_rows = 0
-        student_rows += more_student
-        teacher_rows += more_teacher
-    cuts.append(len(kinds))
-
-    student = (units.student_start, units.student_length, units.student_tokens)
-    teacher = (units.teacher_start, units.teacher_length, units.teacher_tokens)
-    left_out = _split_left_out(units, options, order, cuts)
+    packed = _Packed()
+    sides = [_split_side(packed, *(host[f"{side}_{name}"] for name in _SIDE_FIELDS), order, cuts) for side in _SIDES]
+    members = [packed.add(order[begin:end]) for begin, end in itertools.pairwise(cuts)]
+    left_out = _split_left_out(packed, units, options, order, cuts)
+    read = packed.read(device)
     chunks = []
-    for number, (begin, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
-        members, code = order[begin:end], kinds[begin]
-        chunks.append(
-            Chunk(
-                units=members,
-                has_continuation=bool(code & 4),
-                student=_part(*student, members, sum(student_lengths[begin:end]), bool(code & 2)),
-                teacher=_part(*teacher, members, sum(teacher_lengths[begin:end]), bool(code & 1)),
-                left_out=left_out[number] if code & 4 else None,
-            )
+    for number, begin in enumerate(cuts[:-1]):
+        code = int(kind[order[begin]])
+        student, teacher = (
+            Part(*(read(place) for place in side[number]), whole=bool(code & bit))
+            for side, bit in zip(sides, (2, 1), strict=True)
         )
+        listed = read(left_out[number]).view(-1, 2) if code & 4 and left_out is not None else None
+        chunks.append(Chunk(read(members[number]), bool(code & 4), student, teacher, listed))
+    _KEPT[units.student_start] = key, sources, chunks
     return chunks
 
 
-def _part(start: Tensor, length: Tensor, tokens: Tensor, members: Tensor, size: int, whole: bool) -> Part:
-    start, length = start[members], length[members]
-    first = length.cumsum(0) - length
-    # The size is known here: without it repeat_interleave would wait for the device.
-    unit = torch.repeat_interleave(torch.arange(len(members), device=start.device), length, output_size=size)
-    rows = (start - first)[unit] + torch.arange(size, device=start.device)
-    return Part(rows=rows, tokens=tokens[rows], first=first, unit=unit, length=length, whole=whole)
+_SIDES, _SIDE_FIELDS = ("student", "teacher"), ("start", "length", "tokens")
+# What a plan is made of besides student_start, by which it is kept.
+_UNIT_FIELDS = ("student_length", "teacher_start", "teacher_length", "student_tokens", "teacher_tokens", "left_out")
+_KEPT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return on_host(tensor).numpy()
+
+
+def _has_continuation(host: dict[str, np.ndarray], student_ids: np.ndarray, teacher_ids: np.ndarray) -> np.ndarray:
+    """As `AlignedUnits.has_continuation`."""
+    student_token = host["student_tokens"][host["student_start"]]
+    index = np.searchsorted(student_ids, student_token).clip(max=len(student_ids) - 1)
+    is_shared = student_ids[index] == student_token
+    is_shared &= teacher_ids[index] == host["teacher_tokens"][host["teacher_start"]]
+    return ~(is_shared & (host["student_length"] == 1) & (host["teacher_length"] == 1))
+
+
+def _merge(kind: np.ndarray, teacher_length: np.ndarray, device: torch.device) -> np.ndarray:
+    """Kinds with a continuation and too few rows to be worth a pass over both heads read whole rows on both sides."""
+    student_least, teacher_least = MERGE_ROWS.get(device.type, MERGE_ROWS_ELSEWHERE)
+    small = [code for code in (4, 5) if 0 < np.count_nonzero(kind == code) < student_least]
+    if 0 < teacher_length[kind == 6].sum() < teacher_least:
+        small.append(6)
+    small = np.isin(kind, small)
+    alone = len(np.unique(kind[kind >= 4])) < 2
+    return kind if alone else np.where(small, 7, kind)
+
+
+def _limit(width: int, widths: tuple[int, int], chunk_rows: int | str, device: torch.device) -> int:
+    """The number of rows of either side in a chunk whose sides' rows have `widths` elements."""
+    if chunk_rows != "auto":
+        return chunk_rows
+    if device.type == "cpu":
+        return auto_rows(width, device)
+    rows = max(1, 2 * _elements(device) // sum(widths))
+    return rows // ROW_TILE * ROW_TILE or rows
+
+
+def _cut(costs: list[tuple[np.ndarray, int]], tile: int, soft: bool) -> np.ndarray:
+    """Where chunks of units end, for costs [g] of a unit and the limit that a chunk's sum of each keeps (but for one unit).
+
+    As few chunks as the limits allow, as even as tiles allow: a last chunk of few rows would be as slow as a full one.
+    `soft` limits are passed by less than a tile where that spares a chunk.
+    """
+    sums = [np.concatenate([[0], cost.cumsum()]) for cost, _ in costs]
+    number = max(math.ceil(total[-1] / limit) for total, (_, limit) in zip(sums, costs, strict=True))
+    heights = [
+        min(limit, math.ceil(math.ceil(total[-1] / number) / tile) * tile)
+        for total, (_, limit) in zip(sums, costs, strict=True)
+    ]
+    cuts = _fill(sums, heights)
+    if soft and len(cuts) > number:
+        fewer = _fill(sums, [height + max(1, min(tile // 2, height // 8)) for height in heights])
+        cuts = min(cuts, fewer, key=len)
+    return np.array(cuts)
+
+
+def _fill(sums: list[np.ndarray], heights: list[int]) -> list[int]:
+    cuts, begin, count = [], 0, len(sums[0]) - 1
+    while begin < count:
+        ends = (int(np.searchsorted(s, s[begin] + h, side="right")) - 1 for s, h in zip(sums, heights, strict=True))
+        begin = max(begin + 1, min(ends))
+        cuts.append(begin)
+    return cuts
+
+
+class _Packed:
+    """Many int64 arrays that travel to a device as one."""
+
+    # Elements: so that each array begins at a multiple of 256 bytes, as tensors of their own would.
+    _ALIGNMENT = 32
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+        self._end = 0
+
+    def add(self, array: np.ndarray) -> slice:
+        place = slice(self._end, self._end + len(array))
+        padding = -len(array) % self._ALIGNMENT
+        self._arrays += [array, np.zeros(padding, np.int64)]
+        self._end = place.stop + padding
+        return place
+
+    def read(self, device: torch.device) -> Callable[[slice], Tensor]:
+        """What gives the array at a place that `add` returned, on the device."""
+        return to_device(torch.from_numpy(np.concatenate(self._arrays)), device).__getitem__
+
+
+def _split_side(
+    packed: _Packed, start: np.ndarray, length: np.ndarray, tokens: np.ndarray, order: np.ndarray, cuts: np.ndarray
+) -> list[list[slice]]:
+    """Each chunk's fields of Part on one side."""
+    start, length = start[order], length[order]
+    first = np.concatenate([[0], length.cumsum()])
+    unit = np.repeat(np.arange(len(order)), length)
+    rows = (start - first[:-1])[unit] + np.arange(len(unit))
+    tokens = tokens[rows]
+    parts = []
+    for begin, end in itertools.pairwise(cuts):
+        inside = slice(first[begin], first[end])
+        fields = (
+            rows[inside],
+            tokens[inside],
+            first[begin:end] - first[begin],
+            start[begin:end],
+            unit[inside] - begin,
+            length[begin:end],
+        )
+        parts.append([packed.add(field) for field in fields])
+    return parts
 
 
 def _split_left_out(
-    units: AlignedUnits, options: LossOptions, order: Tensor, cuts: list[int]
-) -> list[Tensor] | list[None]:
+    packed: _Packed, units: AlignedUnits, options: LossOptions, order: np.ndarray, cuts: np.ndarray
+) -> list[slice] | None:
     """Each chunk's share of `units.left_out`, its units counted in the chunk."""
     if options.candidates != "disjoint" or units.left_out is None:
-        return [None] * (len(cuts) - 1)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    unit, by_unit = place[units.left_out[:, 0]].sort(stable=True)
-    index = units.left_out[by_unit, 1]
-    bounds = torch.searchsorted(unit, torch.tensor(cuts, device=unit.device)).tolist()
+        return None
+    left_out = _numpy(units.left_out)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    unit = place[left_out[:, 0]]
+    by_unit = unit.argsort(kind="stable")
+    unit, index = unit[by_unit], left_out[by_unit, 1]
+    bounds = np.searchsorted(unit, cuts)
     return [
-        torch.stack(
-            [unit[bounds[number] : bounds[number + 1]] - cut, index[bounds[number] : bounds[number + 1]]], dim=1
-        )
-        for number, cut in enumerate(cuts[:-1])
+        packed.add(np.stack([unit[begin:end] - cut, index[begin:end]], axis=1).reshape(-1))
+        for cut, (begin, end) in zip(cuts, itertools.pairwise(bounds), strict=False)
     ]

@@ -14,6 +14,14 @@ import torch
 from torch import Tensor
 
 from simct_kernels.inputs import LMHead
+from simct_kernels.torch_backend.plan import Part
+
+
+class Pending(Protocol):
+    """A gradient that is made when its scale is known."""
+
+    def make(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """scale times the gradient, rounded once, to `dtype`; no scale is 1."""
 
 
 class Rows(Protocol):
@@ -32,6 +40,7 @@ class Rows(Protocol):
     def add_shared(self, rows: Tensor, gradient: Tensor) -> None: ...
     def add_whole(self, rows: Tensor, gradient: Tensor) -> None: ...
     def add_pick(self, rows: Tensor, ids: Tensor, gradient: Tensor) -> None: ...
+    def expect(self, parts: list[Part]) -> None: ...  # what the chunks will read, in order
 
 
 class LogitRows:
@@ -50,6 +59,9 @@ class LogitRows:
         self.logits, self.shared_ids, self.dtype = logits.detach(), shared_ids, dtype
         self.columns = logits.shape[1]
         self.gradient = torch.zeros_like(self.logits, memory_format=torch.contiguous_format) if needs_grad else None
+
+    def expect(self, parts: list[Part]) -> None:
+        pass
 
     def shared(self, rows: Tensor) -> Tensor:
         # Rows first, then columns: twice as fast on the CPU as one two-dimensional index.
@@ -149,7 +161,10 @@ class LinearRows:
         if self.bias_gradient is not None:
             add_repeated(self.bias_gradient, ids.flatten(), gradient.flatten())
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def expect(self, parts: list[Part]) -> None:
+        """What the chunks will read of this side, in order: a hook for sources that prepare."""
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | Pending | None, Tensor | None]:
         """Of hidden [N, H], weight [V, H] and bias [V]: None where not asked for."""
         if self._shared_weight_gradient is not None:
             self.weight_gradient[self.shared_ids] += self._shared_weight_gradient
@@ -206,11 +221,11 @@ def as_operand(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | N
     return torch.ldexp(gradient, -exponent).to(dtype), torch.ldexp(gradient.new_ones(()), exponent)
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """left @ right, in float32 also where the operands are 16-bit (CUDA only: see LinearRows.operand_dtype)."""
     if left.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left @ right
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    return torch.mm(left, right, out=out)
 
 
 def add_repeated(total: Tensor, index: Tensor, values: Tensor) -> Tensor:

@@ -1,27 +1,31 @@
 """Where the shared tokens lie among one side's columns, in the forms that the kernels read.
 
-Made once for a side's ids and kept as long as they live: making them waits for the device.
+Made once for a side's ids and kept as long as they live, on the CPU: see `simct_kernels.host`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from simct_kernels.host import on_host, to_device
+
 # A product of rows and shared columns has rows of a multiple of this many elements (128 bytes at 16 bits): an odd K would
 # deny the products and the kernels their 16-byte accesses.
-_PAD = 64
+PAD = 64
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Columns:
     ids: Tensor | None  # int32 [K]; None where shared token k is column k
-    padded: Tensor  # int64 [K'], the ids, the last one repeated to a multiple of _PAD
+    padded: Tensor  # int64 [K'], the ids, the last one repeated to a multiple of PAD
+    first: int | None  # the first of ids that are consecutive
+    host_ids: np.ndarray  # int64 [K], on the CPU
     _index: dict[int, Tensor] = field(default_factory=dict)
     _rest: dict[int, Tensor] = field(default_factory=dict)
 
@@ -30,9 +34,7 @@ class Columns:
         if self.ids is None:
             return None
         if width not in self._index:
-            index = torch.full((width,), -1, dtype=torch.int32, device=self.ids.device)
-            index[self.ids.long()] = torch.arange(len(self.ids), dtype=torch.int32, device=self.ids.device)
-            self._index[width] = index
+            self._index[width] = to_device(torch.from_numpy(self._host_index(width)), self.ids.device)
         return self._index[width]
 
     def rest(self, width: int) -> Tensor | None:
@@ -40,15 +42,23 @@ class Columns:
         if self.ids is None:
             return None
         if width not in self._rest:
-            self._rest[width] = (self.index(width) < 0).nonzero().squeeze(1).int()
+            rest = np.flatnonzero(self._host_index(width) < 0).astype(np.int32)
+            self._rest[width] = to_device(torch.from_numpy(rest), self.ids.device)
         return self._rest[width]
+
+    def _host_index(self, width: int) -> np.ndarray:
+        index = np.full(width, -1, np.int32)
+        index[self.host_ids] = np.arange(len(self.host_ids))
+        return index
 
 
 def columns_of(
     ids: Tensor,  # int64 [K], one side of a SharedVocabulary
 ) -> Columns:
     if ids not in _kept:
-        in_order = ids.equal(torch.arange(len(ids), device=ids.device))
-        padded = F.pad(ids[None], (0, -len(ids) % _PAD), mode="replicate")[0]
-        _kept[ids] = Columns(None if in_order else ids.int(), padded)
+        host = on_host(ids).numpy()
+        first = int(host[0]) if (np.diff(host) == 1).all() else None
+        padded = np.pad(host, (0, -len(host) % PAD), mode="edge")
+        columns, padded = (to_device(torch.from_numpy(made), ids.device) for made in (host.astype(np.int32), padded))
+        _kept[ids] = Columns(None if first == 0 else columns, padded, first, host)
     return _kept[ids]

@@ -88,6 +88,8 @@ def gradient_kernel(
     read = chosen
     if logsumexp is not None:
         read = read | whole[:, None]
+    if tokens is not None and student_softcap is not None:
+        read = read | (column == token[:, None])  # its slope is wanted, also where the row is not read whole
     z = load_logits(
         student,
         student_row_stride,

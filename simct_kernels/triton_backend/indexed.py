@@ -266,6 +266,7 @@ class IndexedRows(LinearRows):
     def __init__(self, hidden, head, shared_ids, dtype, **needs) -> None:
         super().__init__(hidden, head, shared_ids, dtype, **needs)
         self.pick_width = 1
+        self._needs_weight = self.weight_gradient is not None
         self._entries: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, ids and gradient, flat
 
     def gradient_like(self, values: Tensor) -> Tensor:
@@ -284,16 +285,23 @@ class IndexedRows(LinearRows):
     def add_pick(self, rows: Tensor, ids: Tensor, gradient: Tensor) -> None:
         if self.hidden_gradient is not None:
             add_hidden_gradient(self.hidden_gradient, gradient, rows, self.head.weight.detach(), ids)
-        if self.weight_gradient is not None or self.bias_gradient is not None:
+        if self._needs_weight or self.bias_gradient is not None:
             each = rows[:, None].expand_as(ids)
             self._entries.append((each.flatten(), ids.flatten(), gradient.flatten()))
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if self._entries:
-            rows, ids, gradient = map(torch.cat, zip(*self._entries, strict=True))
-            self._entries.clear()
-            if self.weight_gradient is not None:
-                add_weight_gradient(self.weight_gradient, gradient, self.hidden, rows, ids)
-            if self.bias_gradient is not None:
-                add_repeated(self.bias_gradient, ids, gradient)
+        entries = self._take_entries()
+        if entries is not None and self.weight_gradient is not None:
+            gradient, ids, rows = entries
+            add_weight_gradient(self.weight_gradient, gradient, self.hidden, rows, ids)
         return super().gradients()
+
+    def _take_entries(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The entries' gradient, ids and rows, float32 and int64 [E], added to the bias's gradient; None if there are none."""
+        if not self._entries:
+            return None
+        rows, ids, gradient = map(torch.cat, zip(*self._entries, strict=True))
+        self._entries.clear()
+        if self.bias_gradient is not None:
+            add_repeated(self.bias_gradient, ids, gradient)
+        return gradient, ids, rows

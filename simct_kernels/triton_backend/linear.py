@@ -1,34 +1,67 @@
 """SimCT's loss from hidden states and heads: the chunks and products of the PyTorch backend, the rest in kernels.
 
 cuBLAS makes the two tiles of raw products of a chunk; the kernels finish them (bias, scale, soft-cap) wherever they read
-them, so that a tile is written once by the product, read once for the losses and once more for the gradient, which is
-written over it, or beside it where the gradient's products want 16-bit operands.
+them, so that a tile is written once by the product, read once for the losses and once more for the gradient, which goes to
+where its products will read it, when all chunks have theirs (see kept.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from simct_kernels import torch_backend
 from simct_kernels.torch_backend.plan import Chunk, Part
-from simct_kernels.torch_backend.rows import LinearRows, product
-from simct_kernels.triton_backend.candidates import Candidates, UnitRows, divergence
-from simct_kernels.triton_backend.columns import columns_of
+from simct_kernels.torch_backend.rows import Pending, product
+from simct_kernels.triton_backend.candidates import Candidates, UnitRows, Units, divergence
+from simct_kernels.triton_backend.columns import PAD, columns_of
 from simct_kernels.triton_backend.gradient import write_gradient
 from simct_kernels.triton_backend.indexed import IndexedRows
+from simct_kernels.triton_backend.kept import HeadGradient, KeptTiles
 from simct_kernels.triton_backend.scores import Side
 
 
 class _RawRows(IndexedRows):
-    """As IndexedRows, but `shared` and `whole` read raw products, and `shared` pads them: see Columns.padded."""
+    """As IndexedRows, but `shared` and `whole` read raw products, [R, K'] and [R, V], which the next read writes over.
 
-    def __init__(self, hidden, head, shared_ids, dtype, **needs) -> None:
-        super().__init__(hidden, head, shared_ids, dtype, **needs)
+    K' is K or a little more: see Columns.padded. Consecutive ids read the head where it lies.
+    """
+
+    def __init__(self, hidden, head, shared_ids, dtype, *, needs_grad=(False, False, False), by_chunk=False) -> None:
+        of_hidden, self.of_weight, of_bias = needs_grad
+        super().__init__(hidden, head, shared_ids, dtype, needs_grad=(of_hidden, False, of_bias))
+        self._needs_weight = self.of_weight
+        self.by_chunk = by_chunk
         self.placed = columns_of(shared_ids)
+        first, self.shared_width = self.placed.first, len(self.placed.padded)
+        if first is not None and first + self.shared_width > self.columns:
+            self.shared_width = len(shared_ids)
+        # Whose rows and bias the columns of `shared` are.
+        self._shared_places = self.placed.padded if first is None else slice(first, first + self.shared_width)
+        self._shared_kept: KeptTiles | None = None
+        self._whole_kept: KeptTiles | None = None
+        self._values: Tensor | None = None  # float32, flat: the largest chunk's products
+
+    def expect(self, parts: list[Part]) -> None:
+        """Makes room for the largest chunk and, where a gradient is needed, for all gradient tiles."""
+        sizes = [
+            len(part.rows) * _row_size(self.columns)
+            if part.whole
+            else len(part.first_rows) * _row_size(self.shared_width)
+            for part in parts
+        ]
+        self._values = torch.empty(max(sizes), dtype=torch.float32, device=self.hidden.device)
+        if self.hidden_gradient is None and not self.of_weight:
+            return
+        common = self.hidden, self.operand_dtype, self.hidden_gradient, self.of_weight, self.by_chunk
+        shared = [part.first_rows for part in parts if not part.whole]
+        whole = [part.rows for part in parts if part.whole]
+        if shared:
+            self._shared_kept = KeptTiles(torch.cat(shared), list(map(len, shared)), self.shared_width, *common)
+        if whole:
+            self._whole_kept = KeptTiles(torch.cat(whole), list(map(len, whole)), self.columns, *common)
 
     def unit_rows(self, chunk: Chunk, part: Part) -> UnitRows:
         """The logits of this side that a chunk's units need, and where each unit's are."""
@@ -37,42 +70,84 @@ class _RawRows(IndexedRows):
             side = Side(self.whole(part.rows), self.placed.ids, self._bias, scale, self.head.softcap)
             rest = self.placed.rest(self.columns)
             return UnitRows(side, part.first, part.first, part.length, part.tokens, unit=part.unit, rest=rest)
-        bias = None if self._bias is None else self._bias[self.placed.padded]
+        bias = None if self._bias is None else self._bias[self._shared_places]
         side = Side(self.shared(part.first_rows), None, bias, scale, self.head.softcap)
         targets = self.pick(part.rows, part.tokens[:, None]).squeeze(1) if chunk.has_continuation else None
         rows = torch.arange(len(part.first), device=part.first.device)
         return UnitRows(side, rows, part.first, part.length, None, targets)
 
-    def add_shared(self, rows: Tensor, gradient: Tensor) -> None:
-        if self.weight_gradient is not None and self._shared_weight_gradient is None:
-            self._shared_weight_gradient = torch.zeros(
-                len(self.placed.padded), self.width, dtype=self.dtype, device=gradient.device
-            )
-        self._add_products(rows, gradient, self._shared_head, self._shared_weight_gradient)
+    def write_gradient(
+        self,
+        part: Part,
+        candidates: Candidates,
+        units: Units,
+        weights: Tensor | None,  # [g]
+        options,
+    ) -> None:
+        """The gradient by the logits that `unit_rows` read."""
+        values = candidates.student.side.values
+        index = self.placed.index(self.columns) if part.whole else None
+        kept, head = self._whole_kept, self._whole_head
+        if not part.whole:
+            kept, head = self._shared_kept, self._shared_head
+        # A bias's gradient is a sum that 16-bit terms would spoil, and float16 needs the gradient's range first.
+        direct = kept is not None and self.bias_gradient is None and self.operand_dtype != torch.float16
+        out = kept.next(len(values), head) if direct else values
+        write_gradient(out, index, candidates, units, weights, options)
         if self.bias_gradient is not None:
-            self.bias_gradient[self.shared_ids] += gradient.sum(0)[: len(self.shared_ids)]
+            if part.whole:
+                self.bias_gradient += out.sum(0)
+            else:
+                self.bias_gradient[self.shared_ids] += out.sum(0)[: len(self.shared_ids)]
+        if kept is None or direct:
+            return
+        if self.operand_dtype == torch.float16:
+            kept.add_scaled(out, head)
+        else:
+            kept.next(len(out), head).copy_(out)
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if self._shared_weight_gradient is not None:
-            self._shared_weight_gradient = self._shared_weight_gradient[: len(self.shared_ids)]
-        return super().gradients()
+    def gradients(self) -> tuple[Tensor | None, Pending | None, Tensor | None]:
+        self._values = None
+        entries = self._take_entries()
+        if self._shared_kept is not None:
+            self._shared_kept.finish(self._shared_head)
+        self._shared_weight = None
+        if self._whole_kept is not None:
+            self._whole_kept.finish(self._whole_head)
+        weight = None
+        if self.of_weight:
+            kept = self._shared_kept, self._whole_kept
+            shape = self.head.weight.shape
+            weight = HeadGradient(shape, self.shared_ids, self.placed, *kept, entries, self.hidden)
+        return self.hidden_gradient, weight, self.bias_gradient
 
     def _shared_head(self) -> Tensor:  # [K', H]
         if self._shared_weight is None:
-            self._shared_weight = self.head.rows(self.placed.padded, self.operand_dtype)
+            if self.placed.first is None:
+                self._shared_weight = self.head.rows(self.placed.padded, self.operand_dtype)
+            else:
+                self._shared_weight = self.head.weight.detach()[self._shared_places].to(self.operand_dtype)
         return self._shared_weight
 
     def _logits(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return product(self.hidden[rows].to(self.operand_dtype), weight.T)
+        height, width = len(rows), len(weight)
+        values = self._values[: height * _row_size(width)].view(height, -1)[:, :width]
+        return product(self.hidden[rows].to(self.operand_dtype), weight.T, values)
+
+
+def _row_size(width: int) -> int:
+    """Elements of a row of `width` columns whose rows begin at multiples of PAD: products with odd rows would be slow."""
+    return -(-width // PAD) * PAD
 
 
 @dataclass(frozen=True)
 class LinearJob(torch_backend.LossJob):
     """As its base, with a chunk's losses and gradient made by kernels. Without top_k."""
 
-    linear_rows: ClassVar[type[LinearRows]] = _RawRows
+    def linear_rows(self, *arguments, **needs) -> _RawRows:
+        return _RawRows(*arguments, by_chunk=self.chunk_rows != "auto", **needs)
 
-    def run(self, student_input: Tensor, *arguments) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def run(self, student_input: Tensor, *arguments) -> tuple[Tensor, tuple[Tensor | Pending | None, ...]]:
         with torch.cuda.device_of(student_input):  # Triton launches on the current device
             return super().run(student_input, *arguments)
 
@@ -102,18 +177,12 @@ class LinearJob(torch_backend.LossJob):
         if not needs_grad:
             return units.losses
 
-        out, part = student.gradient_like(candidates.student.side.values), chunk.student
-        if part.whole:
-            index = student.placed.index(student.columns)
-            write_gradient(out, index, candidates, units, weights, options)
-            student.add_whole(part.rows, out)
-        else:
-            write_gradient(out, None, candidates, units, weights, options)
-            student.add_shared(part.first_rows, out)
-            if chunk.has_continuation:
-                by_target = units.weighted(weights, units.by_continuation)[part.unit]
-                if options.score != "sum_logprob":
-                    by_target = by_target / part.length[part.unit]
-                by_target = by_target * student.slope(candidates.student.targets)
-                student.add_pick(part.rows, part.tokens[:, None], by_target[:, None])
+        part = chunk.student
+        student.write_gradient(part, candidates, units, weights, options)
+        if not part.whole and chunk.has_continuation:
+            by_target = units.weighted(weights, units.by_continuation)[part.unit]
+            if options.score != "sum_logprob":
+                by_target = by_target / part.length[part.unit]
+            by_target = by_target * student.slope(candidates.student.targets)
+            student.add_pick(part.rows, part.tokens[:, None], by_target[:, None])
         return units.losses

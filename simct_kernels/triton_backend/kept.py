@@ -1,0 +1,180 @@
+"""Gradient tiles that are kept until all rows of a kind have theirs, and the products that they then make at full height.
+
+Products of a chunk's rows are short in the dimension that they sum over, so that adding them up costs more traffic than they
+do. The tiles of all rows, in the 16 bits that the products read anyway, take less memory than the sum of the chunks' products
+in float32 would: then one product makes the gradient by the hidden states, and one, a range of the vocabulary at a time,
+that by the head, which is rounded where it is made. Where they would take more, groups of chunks add theirs up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simct_kernels.torch_backend.rows import as_operand, product
+from simct_kernels.triton_backend.columns import PAD, Columns
+from simct_kernels.triton_backend.indexed import add_weight_gradient
+
+# The tiles of one kind are kept whole up to this many bytes, or as many as the float32 sum of products would take, whichever is
+# more; beyond, a group of chunks holds half of it.
+KEPT_BYTES = 5 << 28
+# Elements of a range of the head's rows, whose gradient is added up in float32 (256 MiB) before it is rounded to its place.
+RANGE_ELEMENTS = 1 << 26
+
+
+class KeptTiles:
+    """The gradient by the logits of the R rows of one kind, W columns, in the order in which their chunks come."""
+
+    def __init__(
+        self,
+        rows: Tensor,  # int64 [R], no row twice
+        heights: list[int],  # of the chunks; their sum is R
+        width: int,  # W
+        hidden: Tensor,  # [N, H]
+        dtype: torch.dtype,  # of the products' operands
+        hidden_gradient: Tensor | None,  # float32 [N, H], which the products are added to; None: it is not needed
+        needs_weight: bool,
+        by_chunk: bool,  # whether a chunk's products are made at once where the weight needs no gradient
+    ) -> None:
+        self.rows, self.width, self.needs_weight = rows, width, needs_weight
+        self.hidden = hidden[rows].to(dtype)
+        self.hidden_gradient = hidden_gradient
+        self._total: Tensor | None = None  # float32 [W, H], the products of the groups before this one
+        self._begin = self._end = 0  # the rows of this group
+        row_bytes, total_bytes = width * dtype.itemsize, 4 * width * hidden.shape[1]
+        capacity, largest = sum(heights), max(heights)
+        if dtype == torch.float16 or (by_chunk and not needs_weight):
+            capacity = largest  # float16: each chunk has a scale of its own
+        elif capacity * row_bytes > max(KEPT_BYTES, total_bytes if needs_weight else 0):
+            capacity = max(largest, KEPT_BYTES // 2 // row_bytes)
+        self._tiles = padded(torch.empty, capacity, width, dtype=dtype, device=hidden.device)
+
+    def next(self, height: int, head: Callable[[], Tensor]) -> Tensor:
+        """Where a chunk's gradient goes, [height, W], in the operands' dtype; `head` gives the [W, H] weight."""
+        if self._end - self._begin + height > len(self._tiles):
+            self.multiply(head)
+        place = self._end - self._begin
+        self._end += height
+        return self._tiles[place : place + height]
+
+    def multiply(self, head: Callable[[], Tensor], unit: Tensor | None = None, last: bool = False) -> None:
+        """This group's products, but that with the hidden states if it is the only one; `unit` multiplies them."""
+        tiles, rows = self._tiles[: self._end - self._begin], slice(self._begin, self._end)
+        if self.hidden_gradient is not None:
+            made = product(tiles, head())
+            self.hidden_gradient[self.rows[rows]] += made if unit is None else made.mul_(unit)
+        if not self.needs_weight or (last and self._total is None and unit is None):
+            return
+        if self._total is None:
+            self._total = torch.zeros(self.width, self.hidden.shape[1], dtype=torch.float32, device=tiles.device)
+        for begin, end in ranges(self.width, self.hidden.shape[1]):
+            made = product(tiles[:, begin:end].T, self.hidden[rows])
+            self._total[begin:end] += made if unit is None else made.mul_(unit)
+        self._begin = self._end
+
+    def finish(self, head: Callable[[], Tensor]) -> None:
+        """All products but what `weight` makes. Lets go of what it does not read."""
+        if self._end > self._begin:
+            self.multiply(head, last=True)
+        if not self.needs_weight or self._total is not None:
+            self._tiles = self._tiles[:0].clone()
+
+    def add_scaled(self, gradient: Tensor, head: Callable[[], Tensor]) -> None:
+        """A chunk's gradient, float32 [height, W], whose float16 operands need a scale."""
+        tiles = self.next(len(gradient), head)
+        operand, unit = as_operand(gradient, tiles.dtype)
+        tiles.copy_(operand)
+        self.multiply(head, unit)
+        self._begin = self._end
+
+    def weight(
+        self,
+        begin: int,
+        end: int,
+        out: Tensor,  # float32 [end - begin, H]
+    ) -> Tensor:
+        """The gradient by these rows of the [W, H] head, after `finish`; written to `out`."""
+        if self._total is not None:
+            return out.copy_(self._total[begin:end])
+        return product(self._tiles[:, begin:end].T, self.hidden, out)
+
+
+class HeadGradient:
+    """The gradient by a head's weight [V, H], made when its scale is known, and rounded once."""
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        shared_ids: Tensor,  # int64 [K]
+        placed: Columns,
+        shared: KeptTiles | None,  # of the shared rows, in their order
+        whole: KeptTiles | None,  # of all rows
+        entries: tuple[Tensor, Tensor, Tensor]
+        | None,  # float32 [E] gradients by logits, their ids and rows of `hidden`
+        hidden: Tensor,  # [N, H]
+    ) -> None:
+        self.shape, self.shared_ids, self.placed = shape, shared_ids, placed
+        self.shared, self.whole, self.entries, self.hidden = shared, whole, entries, hidden
+
+    def make(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """scale times the gradient, [V, H]. The float32 sums are scaled before they are rounded to `dtype`."""
+        device = self.shared_ids.device
+        # In a backward pass none of these is as it was in the forward pass.
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.cuda.device_of(self.hidden):
+            return self._make(scale, torch.empty(self.shape, dtype=dtype, device=device))
+
+    def _make(self, scale: Tensor | None, out: Tensor) -> Tensor:
+        options = {"dtype": torch.float32, "device": out.device}
+        parts = ranges(*self.shape)
+        height = max(end - begin for begin, end in parts)
+        total = torch.empty(height, self.shape[1], **options)
+        spare = torch.empty(min(height, len(self.shared_ids)) + 2 * PAD, self.shape[1], **options)
+        bounds = np.searchsorted(self.placed.host_ids, [begin for begin, _ in parts] + [self.shape[0]])
+        for (begin, end), low, high in zip(parts, bounds, bounds[1:], strict=False):
+            sums = self._sums(begin, end, int(low), int(high), total[: end - begin], spare)
+            if scale is None:
+                out[begin:end].copy_(sums)
+            else:
+                torch.mul(sums, scale, out=out[begin:end])
+        return out
+
+    def _sums(self, begin: int, end: int, low: int, high: int, total: Tensor, spare: Tensor) -> Tensor:
+        """Of a range of the head's rows, to which the shared tokens `low` to `high` belong."""
+        first, shared = self.placed.first, self.shared if high > low else None
+        if self.whole is not None:
+            self.whole.weight(begin, end, total)
+        if shared is not None:
+            # A product whose operand begins at an odd element would be read element by element: a few more are made.
+            a, b = low // PAD * PAD, min(shared.width, -(-high // PAD) * PAD)
+            if self.whole is None and first is not None and (a, b) == (low, high) and high - low == end - begin:
+                shared.weight(low, high, total)
+            else:
+                made = shared.weight(a, b, spare[: b - a])[low - a : high - a]
+                if self.whole is None:
+                    total.zero_()
+                if first is not None:
+                    total[first + low - begin : first + high - begin] += made
+                else:
+                    total.index_add_(0, self.shared_ids[low:high] - begin, made)
+        elif self.whole is None:
+            total.zero_()
+        if self.entries is not None:
+            gradient, ids, rows = self.entries
+            inside = (ids >= begin) & (ids < end)
+            ids = (ids - begin).clamp_(0, end - begin - 1)
+            add_weight_gradient(total, gradient.masked_fill(~inside, 0), self.hidden, rows, ids)
+        return total
+
+
+def padded(make: Callable[..., Tensor], rows: int, columns: int, **options) -> Tensor:
+    """[rows, columns], whose rows begin at multiples of PAD elements: products with odd rows would be slow."""
+    return make(rows, -(-columns // PAD) * PAD, **options)[:, :columns]
+
+
+def ranges(rows: int, width: int) -> list[tuple[int, int]]:
+    """Cuts a [rows, width] matrix into ranges of RANGE_ELEMENTS, whose bounds are multiples of 1,024 rows."""
+    step = max(1024, RANGE_ELEMENTS // width // 1024 * 1024)
+    return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
