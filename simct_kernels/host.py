@@ -1,37 +1,44 @@
-"""The CPU's copies of tensors that lie on a GPU, so that a plan can read indices without waiting for one.
+"""What tensors on a GPU hold, kept on the CPU in numpy, so that a plan can read indices without waiting for the device.
 
-A tensor that comes from the CPU keeps its origin, one that was made on the GPU is fetched once. A copy lives as long as its
-tensor, which must not be changed in place: units and shared vocabularies are not.
+A tensor that comes from the CPU keeps what it held there, one that was made on the GPU is fetched once. That lives as long as
+the tensor, which must not be changed in place: units and shared vocabularies are not.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_COPIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_KEPT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def on_host(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU. Waits for a GPU once, where the tensor was made there."""
+def on_host(tensor: Tensor) -> np.ndarray:
+    """The tensor's elements. Waits for a GPU once, where the tensor was made there."""
     if tensor.device.type == "cpu":
-        return tensor
-    copy = _COPIES.get(tensor)
-    if copy is None:
-        _COPIES[tensor] = copy = tensor.detach().cpu()
-    return copy
+        return tensor.numpy()
+    if tensor not in _KEPT:
+        keep_on_host(tensor, tensor.cpu().numpy())
+    return _KEPT[tensor]
+
+
+def keep_on_host(tensor: Tensor, array: np.ndarray) -> Tensor:
+    """The tensor, of which `on_host` will give `array`."""
+    _KEPT[tensor] = array
+    return tensor
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on `device`, with its copy on the CPU kept, if there is one. From the CPU to a GPU it never waits."""
+    """The tensor on `device`, with what it holds kept, if that is known. From the CPU to a GPU it never waits."""
     device = torch.device(device)
     if tensor.device.type == "cpu" and device.type == "cuda" and torch.cuda.is_available():
         moved = tensor.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
     else:
         moved = tensor.to(device)
-    if moved is not tensor and device.type != "cpu":
-        copy = tensor if tensor.device.type == "cpu" else _COPIES.get(tensor)
-        if copy is not None:
-            _COPIES[moved] = copy
+    if moved is not tensor and device.type != "cpu" and not tensor.is_floating_point():
+        if tensor.device.type == "cpu":
+            keep_on_host(moved, tensor.numpy())
+        elif tensor in _KEPT:
+            keep_on_host(moved, _KEPT[tensor])
     return moved

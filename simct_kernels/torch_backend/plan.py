@@ -167,7 +167,7 @@ _KEPT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
-    return on_host(tensor).numpy()
+    return on_host(tensor)
 
 
 def _has_continuation(host: dict[str, np.ndarray], student_ids: np.ndarray, teacher_ids: np.ndarray) -> np.ndarray:

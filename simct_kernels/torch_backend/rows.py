@@ -103,9 +103,7 @@ class LinearRows:
         self.hidden, self.head, self.shared_ids, self.dtype = hidden.detach(), head, shared_ids, dtype
         self.columns, self.width = head.weight.shape
         self.pick_width = self.width
-        # CUDA multiplies 16-bit operands into a 32-bit result; elsewhere the result would be rounded to 16 bits, so the
-        # operands are widened first.
-        native = hidden.is_cuda and torch.version.hip is None and hidden.dtype == head.weight.dtype
+        native = sums_in_float32(hidden.device) and hidden.dtype == head.weight.dtype
         self.operand_dtype = hidden.dtype if native and dtype == torch.float32 else dtype
         self._shared_weight: Tensor | None = None
         self._whole_weight: Tensor | None = None
@@ -219,6 +217,11 @@ def as_operand(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | N
         return gradient.to(dtype), None
     exponent = torch.frexp(gradient.abs().amax()).exponent - 14
     return torch.ldexp(gradient, -exponent).to(dtype), torch.ldexp(gradient.new_ones(()), exponent)
+
+
+def sums_in_float32(device: torch.device) -> bool:
+    """Whether 16-bit operands are multiplied into a 32-bit result; where it would be rounded to 16 bits, they are widened."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:

@@ -56,7 +56,7 @@ def columns_of(
     ids: Tensor,  # int64 [K], one side of a SharedVocabulary
 ) -> Columns:
     if ids not in _kept:
-        host = on_host(ids).numpy()
+        host = on_host(ids)
         first = int(host[0]) if (np.diff(host) == 1).all() else None
         padded = np.pad(host, (0, -len(host) % PAD), mode="edge")
         columns, padded = (to_device(torch.from_numpy(made), ids.device) for made in (host.astype(np.int32), padded))

@@ -21,8 +21,8 @@ from simct_kernels.triton_backend.indexed import add_weight_gradient
 # The tiles of one kind are kept whole up to this many bytes, or as many as the float32 sum of products would take, whichever is
 # more; beyond, a group of chunks holds half of it.
 KEPT_BYTES = 5 << 28
-# Elements of a range of the head's rows, whose gradient is added up in float32 (256 MiB) before it is rounded to its place.
-RANGE_ELEMENTS = 1 << 26
+# Elements of a range of the head's rows, whose gradient is added up in float32 (128 MiB) before it is rounded to its place.
+RANGE_ELEMENTS = 1 << 25
 
 
 class KeptTiles:
@@ -50,45 +50,54 @@ class KeptTiles:
             capacity = largest  # float16: each chunk has a scale of its own
         elif capacity * row_bytes > max(KEPT_BYTES, total_bytes if needs_weight else 0):
             capacity = max(largest, KEPT_BYTES // 2 // row_bytes)
-        self._tiles = padded(torch.empty, capacity, width, dtype=dtype, device=hidden.device)
+        self._capacity = capacity
+        self._tiles: Tensor | None = None  # [capacity, W], made when the first chunk asks for its place
 
     def next(self, height: int, head: Callable[[], Tensor]) -> Tensor:
         """Where a chunk's gradient goes, [height, W], in the operands' dtype; `head` gives the [W, H] weight."""
-        if self._end - self._begin + height > len(self._tiles):
-            self.multiply(head)
+        if self._tiles is None:
+            self._tiles = padded(
+                torch.empty, self._capacity, self.width, dtype=self.hidden.dtype, device=self.hidden.device
+            )
+        if self._end - self._begin + height > self._capacity:
+            self._multiply(head)
         place = self._end - self._begin
         self._end += height
         return self._tiles[place : place + height]
 
-    def multiply(self, head: Callable[[], Tensor], unit: Tensor | None = None, last: bool = False) -> None:
+    def written(self, head: Callable[[], Tensor]) -> bool:
+        """After a chunk's gradient was written to `next`. With the last one, all products but what `weight` makes are made,
+        and what it does not read is let go of: then true."""
+        if self._end < len(self.rows):
+            return False
+        if self._end > self._begin:
+            self._multiply(head)
+        if not self.needs_weight or self._total is not None:
+            self._tiles = None
+        return True
+
+    def _multiply(self, head: Callable[[], Tensor], unit: Tensor | None = None) -> None:
         """This group's products, but that with the hidden states if it is the only one; `unit` multiplies them."""
         tiles, rows = self._tiles[: self._end - self._begin], slice(self._begin, self._end)
+        only = len(tiles) == len(self.rows) and unit is None
+        self._begin = self._end
         if self.hidden_gradient is not None:
             made = product(tiles, head())
             self.hidden_gradient[self.rows[rows]] += made if unit is None else made.mul_(unit)
-        if not self.needs_weight or (last and self._total is None and unit is None):
+        if only or not self.needs_weight:
             return
         if self._total is None:
             self._total = torch.zeros(self.width, self.hidden.shape[1], dtype=torch.float32, device=tiles.device)
         for begin, end in ranges(self.width, self.hidden.shape[1]):
             made = product(tiles[:, begin:end].T, self.hidden[rows])
             self._total[begin:end] += made if unit is None else made.mul_(unit)
-        self._begin = self._end
-
-    def finish(self, head: Callable[[], Tensor]) -> None:
-        """All products but what `weight` makes. Lets go of what it does not read."""
-        if self._end > self._begin:
-            self.multiply(head, last=True)
-        if not self.needs_weight or self._total is not None:
-            self._tiles = self._tiles[:0].clone()
 
     def add_scaled(self, gradient: Tensor, head: Callable[[], Tensor]) -> None:
         """A chunk's gradient, float32 [height, W], whose float16 operands need a scale."""
         tiles = self.next(len(gradient), head)
         operand, unit = as_operand(gradient, tiles.dtype)
         tiles.copy_(operand)
-        self.multiply(head, unit)
-        self._begin = self._end
+        self._multiply(head, unit)
 
     def weight(
         self,
@@ -96,7 +105,7 @@ class KeptTiles:
         end: int,
         out: Tensor,  # float32 [end - begin, H]
     ) -> Tensor:
-        """The gradient by these rows of the [W, H] head, after `finish`; written to `out`."""
+        """The gradient by these rows of the [W, H] head, after all chunks; written to `out`."""
         if self._total is not None:
             return out.copy_(self._total[begin:end])
         return product(self._tiles[:, begin:end].T, self.hidden, out)
@@ -131,8 +140,10 @@ class HeadGradient:
         parts = ranges(*self.shape)
         height = max(end - begin for begin, end in parts)
         total = torch.empty(height, self.shape[1], **options)
-        spare = torch.empty(min(height, len(self.shared_ids)) + 2 * PAD, self.shape[1], **options)
         bounds = np.searchsorted(self.placed.host_ids, [begin for begin, _ in parts] + [self.shape[0]])
+        spare = None
+        if self.shared is not None and (self.whole is not None or self.placed.first is None):
+            spare = torch.empty(int(np.diff(bounds).max()) + 2 * PAD, self.shape[1], **options)
         for (begin, end), low, high in zip(parts, bounds, bounds[1:], strict=False):
             sums = self._sums(begin, end, int(low), int(high), total[: end - begin], spare)
             if scale is None:
@@ -141,7 +152,7 @@ class HeadGradient:
                 torch.mul(sums, scale, out=out[begin:end])
         return out
 
-    def _sums(self, begin: int, end: int, low: int, high: int, total: Tensor, spare: Tensor) -> Tensor:
+    def _sums(self, begin: int, end: int, low: int, high: int, total: Tensor, spare: Tensor | None) -> Tensor:
         """Of a range of the head's rows, to which the shared tokens `low` to `high` belong."""
         first, shared = self.placed.first, self.shared if high > low else None
         if self.whole is not None:
@@ -152,7 +163,8 @@ class HeadGradient:
             if self.whole is None and first is not None and (a, b) == (low, high) and high - low == end - begin:
                 shared.weight(low, high, total)
             else:
-                made = shared.weight(a, b, spare[: b - a])[low - a : high - a]
+                made = total.new_empty(b - a, total.shape[1]) if spare is None else spare[: b - a]
+                made = shared.weight(a, b, made)[low - a : high - a]
                 if self.whole is None:
                     total.zero_()
                 if first is not None:

@@ -99,21 +99,18 @@ class _RawRows(IndexedRows):
                 self.bias_gradient += out.sum(0)
             else:
                 self.bias_gradient[self.shared_ids] += out.sum(0)[: len(self.shared_ids)]
-        if kept is None or direct:
+        if kept is None:
             return
         if self.operand_dtype == torch.float16:
             kept.add_scaled(out, head)
-        else:
+        elif not direct:
             kept.next(len(out), head).copy_(out)
+        if kept.written(head) and not part.whole:
+            self._shared_weight = None  # no chunk reads it any more: those of whole rows come last
 
     def gradients(self) -> tuple[Tensor | None, Pending | None, Tensor | None]:
         self._values = None
         entries = self._take_entries()
-        if self._shared_kept is not None:
-            self._shared_kept.finish(self._shared_head)
-        self._shared_weight = None
-        if self._whole_kept is not None:
-            self._whole_kept.finish(self._whole_head)
         weight = None
         if self.of_weight:
             kept = self._shared_kept, self._whole_kept
