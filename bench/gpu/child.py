@@ -15,18 +15,16 @@ from pathlib import Path
 
 from . import faults, rows
 from .compilations import Compilations
-from .steps import Item, Run
+from .steps import STEPS, Item, Run
 
 BROKEN = 70  # exit status: the device answers this process no more, the rest is for another one
-MODULES = {
-    "device": "device", "oracle": "oracle", "tests": "suite", "profile": "profiles", "bench": "losses", "step": "train",
-    "faults": "faults",
-}  # fmt: skip
+# Of the steps whose modules are not named like them.
+MODULES = {"tests": "suite", "profile": "profiles", "bench": "losses", "step": "train"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("step", choices=MODULES)
+    parser.add_argument("step", choices=(*STEPS, "faults"))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--progress", type=Path, required=True)  # one line for each item begun, and each ended
     parser.add_argument("--end", type=float, required=True)
@@ -44,7 +42,7 @@ def main() -> None:
     done = {row["item"] for row in rows.read(options.progress) if "begin" in row}
     run.item = "setup"
     try:
-        items = importlib.import_module(f".{MODULES[options.step]}", __package__).items(run)
+        items = importlib.import_module(f".{MODULES.get(options.step, options.step)}", __package__).items(run)
     except Exception as error:
         _failed(run, error, 0.0)
         sys.exit(1)

@@ -35,16 +35,17 @@ def items(run: Run) -> list[Item]:
     pairs = [(case, method) for case, several in OURS.items() for method in several[:1]]
     quick = [(case, method) for case, several in RIVALS.items() for method in several if not _slow(method)]
     pairs += quick + [(case, method) for case, several in OURS.items() for method in several[1:]]
+    pairs += [("headline", "ours"), ("one vocabulary", "ours")]  # once more: what differs less than these is noise
     pairs += [(case, method) for case, several in RIVALS.items() for method in several if _slow(method)]
     if run.rehearse:
         pairs = [("headline", "ours"), ("headline", "materialised"), ("one vocabulary", "Liger fused linear JSD")]
     return [
         Item(
-            f"{case}: {method}",
+            f"{case}: {method}" + (", again" if (case, method) in pairs[:number] else ""),
             lambda case=case, method=method: compare(run, cases[case], method),
             90.0 if _slow(method) else 40.0,
         )
-        for case, method in pairs
+        for number, (case, method) in enumerate(pairs)
         if run.chooses(case, run.cases) and run.chooses(method, run.methods)
     ]
 

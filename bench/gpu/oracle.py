@@ -75,26 +75,34 @@ def items(run: Run) -> list[Item]:
     return made
 
 
-def case_of(one: Variant, dtype: str, *, toy: bool) -> Case:
-    if toy:
-        student, teacher, shared, count = Model("", 300, 16, softcap=30.0), Model("", 250, 24), 150, 12
-    else:
-        student, teacher, shared, count = (
-            Model("", 256_000, 256, softcap=30.0),
-            Model("", 152_064, 256),
-            97_675,
-            one.rows,
-        )
+@dataclass(frozen=True)
+class Size:
+    student: int  # vocabulary
+    teacher: int
+    shared: int
+    one: int  # the vocabulary of both, where there is one
+    widths: tuple[int, int]
+    rows: int | None  # None: the variant's
+
+
+SIZES = {
+    "real": Size(256_000, 152_064, 97_675, 128_256, (256, 256), None),
+    "tiles": Size(4401, 1203, 1101, 4401, (40, 56), 20),  # several production tiles and a rest
+    "toy": Size(300, 250, 150, 300, (16, 24), 12),
+}
+
+
+def case_of(one: Variant, dtype: str, size: Size) -> Case:
+    student = Model("", size.student, size.widths[0], softcap=30.0)
+    teacher, shared = Model("", size.teacher, size.widths[1]), size.shared
     if one.one_vocabulary:
-        student, teacher = (
-            dataclasses.replace(model, vocabulary=300 if toy else 128_256) for model in (student, teacher)
-        )
-        student, shared = dataclasses.replace(student, softcap=None), student.vocabulary
-    return Case(one.name, student, teacher, shared, count, single=0.5, dtype=dtype, form=one.form)
+        student, teacher = Model("", size.one, size.widths[0]), Model("", size.one, size.widths[1])
+        shared = size.one
+    return Case(one.name, student, teacher, shared, size.rows or one.rows, single=0.5, dtype=dtype, form=one.form)
 
 
-def problem_of(one: Variant, dtype: str, device: str, *, toy: bool) -> Problem:
-    problem = Problem(case_of(one, dtype, toy=toy), torch.device(device))
+def problem_of(one: Variant, dtype: str, device: str, size: str) -> Problem:
+    problem = Problem(case_of(one, dtype, SIZES[size]), torch.device(device))
     if dict(one.keywords).get("candidates") == "disjoint":
         problem.units = _with_left_out(problem.units, len(problem.shared))
     return problem
@@ -141,7 +149,7 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 def agreement(run: Run) -> None:
     for one in VARIANTS[:4]:
-        problem = problem_of(one, "float32", run.device, toy=True)
+        problem = problem_of(one, "float32", run.device, "toy")
         if one.form == "linear" and dict(one.keywords).get("top_k"):
             one = variant(one.name, top_k=4)
         exact = results(problem, one, "reference", torch.float64)
@@ -149,7 +157,7 @@ def agreement(run: Run) -> None:
 
 
 def check(run: Run, one: Variant, dtype: str) -> None:
-    problem = problem_of(one, dtype, run.device, toy=run.rehearse)
+    problem = problem_of(one, dtype, run.device, "toy" if run.rehearse else "real")
     judge = "torch" if one.rows > 1000 else "reference"
     exact = results(problem, one, judge, torch.float64)
     failures = []

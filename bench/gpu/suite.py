@@ -21,7 +21,7 @@ PATHS = ("tests/triton_backend", "tests/kernels", "--ignore", "tests/triton_back
 REHEARSED = ("tests/triton_backend/test_triton_indexed.py::test_no_entry",)
 # These tests need neither transformers nor the fixtures that the others share.
 ALONE = ("--confcutdir", "tests/triton_backend", "-o", "pythonpath=. tests")
-REPORT, OUTCOMES = "tests.txt", "outcomes.jsonl"
+REPORT = "tests.txt"
 
 
 def items(run: Run) -> list[Item]:
@@ -36,24 +36,24 @@ def pytest(run: Run) -> None:
         # Its thread ends the whole worker: one that waits for the device hears no signal.
         command += ["--timeout", "60", "--timeout-method", "thread"]
     command += [*ALONE, *(REHEARSED if run.rehearse else PATHS)]
-    outcomes = run.folder / OUTCOMES
-    outcomes.unlink(missing_ok=True)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    environment[pytest_outcomes.VARIABLE] = str(outcomes)
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command, cwd=rows.REPOSITORY, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
-        seconds = max(5.0, run.left() - 3)
-        try:
-            note = f"exit status {process.wait(seconds)}"
-        except subprocess.TimeoutExpired:
-            note = f"stopped after {seconds:.0f} s"
-            os.killpg(process.pid, signal.SIGKILL)  # its workers too, of which one may wait for the device for ever
-        output.seek(0)
-        print(output.read().decode(errors="replace")[-6000:], flush=True)
-    _report(run, outcomes, note)
+    with tempfile.TemporaryDirectory() as scratch:
+        outcomes = Path(scratch) / "outcomes.jsonl"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        environment[pytest_outcomes.VARIABLE] = str(outcomes)
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(
+                command, cwd=rows.REPOSITORY, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+            seconds = max(5.0, run.left() - 3)
+            try:
+                note = f"exit status {process.wait(seconds)}"
+            except subprocess.TimeoutExpired:
+                note = f"stopped after {seconds:.0f} s"
+                os.killpg(process.pid, signal.SIGKILL)  # its workers too, of which one may wait for the device for ever
+            output.seek(0)
+            print(output.read().decode(errors="replace")[-6000:], flush=True)
+        _report(run, outcomes, note)
 
 
 def _report(run: Run, path: Path, note: str) -> None:

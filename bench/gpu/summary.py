@@ -1,4 +1,4 @@
-"""The short table at the end: what passed, failed or was given up, and the numbers that matter."""
+"""The short table at the end: what passed, failed or was given up, and the numbers that matter. Also all rows as CSV."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from . import rows
 from .steps import STEPS
 
-TEXT = "summary.txt"
+TEXT, TABLE = "summary.txt", "results.csv"
 Row = dict
 
 
@@ -17,12 +17,13 @@ def write(folder: Path) -> str:
     found = rows.read(folder / rows.NAME)
     text = "\n".join(_lines(found))
     (folder / TEXT).write_text(text + "\n", encoding="utf-8")
+    rows.write_csv(folder / TABLE, found)
     return text
 
 
 def _lines(found: list[Row]) -> Iterator[str]:
-    for step, section in (("device", _device), ("oracle", _oracle), ("tests", _tests), ("profile", _profile),
-                          ("bench", _bench), ("step", _step)):  # fmt: skip
+    sections = {"device": _device, "oracle": _oracle, "tests": _tests, "memcheck": _memcheck, "profile": _profile}
+    for step, section in (sections | {"bench": _bench, "step": _step}).items():
         mine = [row for row in found if row["step"] == step]
         if mine:
             yield f"\n== {step}: {_outcome(mine)}"
@@ -125,6 +126,11 @@ def _tests(mine: list[Row]) -> Iterator[str]:
             yield f"{row['note']}: {counts}"
         elif row["what"] == "test failures":
             yield f"  {row['count']} x {row['error'][:150]}"
+
+
+def _memcheck(mine: list[Row]) -> Iterator[str]:
+    for row in mine:
+        yield f"{row['note']}, {row['calls']} calls{': ' + row['error'] if row['error'] else ''}"
 
 
 def _profile(mine: list[Row]) -> Iterator[str]:
