@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("step", choices=(*STEPS, "faults"))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--progress", type=Path, required=True)  # one line for each item begun, and each ended
+    parser.add_argument("--shard", default="0/1")  # which of how many processes of the step this is
     parser.add_argument("--end", type=float, required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--rehearse", action="store_true")
@@ -49,7 +50,8 @@ def main() -> None:
     if options.rehearse:
         items = faults.among(options.step, items)
     counted = Compilations() if run.device == "cuda" and "torch" in sys.modules else None
-    for item in items:
+    shard, shards = map(int, options.shard.split("/"))
+    for item in items[shard::shards]:
         if item.name not in done:
             _work(run, item, options.progress, counted)
     sys.stdout.flush()

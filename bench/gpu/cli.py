@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import rows, summary
-from .steps import STEPS, TOGETHER
+from .steps import SHARDS, STEPS, TOGETHER
 from .supervise import GRACE, Settings, run_step
 
 REHEARSAL_SECONDS = 180.0  # of a step
@@ -72,7 +72,8 @@ def _weight(group: list[str]) -> int:
 
 def _run(step: str, seconds: float, settings: Settings) -> None:
     begin = time.time()
-    outcome = run_step(step, seconds, settings)
+    shards = 1 if settings.rehearse else SHARDS.get(step, 1)
+    outcome = run_step(step, seconds, settings, shards)
     found = {"step": step, "item": "", "status": outcome, "seconds": time.time() - begin}
     rows.append(settings.folder / rows.NAME, found)
 

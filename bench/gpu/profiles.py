@@ -113,6 +113,8 @@ def kernels(run: Run, case: Case) -> None:
 
 def _host_and_wall(step: Callable[[], None], gpu: bool) -> tuple[float, float]:
     """Until the host has launched everything, and until the device is done: what is the same for a call that waits."""
+    if gpu:
+        torch.cuda.synchronize()
     begin = time.perf_counter()
     step()
     launched = time.perf_counter()

@@ -14,6 +14,8 @@ from . import rows
 # pays for the first import of torch from a cold disk.
 STEPS = {"device": 60, "oracle": 100, "tests": 110, "memcheck": 100, "profile": 60, "bench": 140, "step": 70}
 TOGETHER = {"oracle", "tests", "memcheck"}  # they measure no time: side by side they take as long as the longest
+# Processes among which a step's items are dealt out: the oracle waits for one compilation after the other.
+SHARDS = {"oracle": 4}
 
 
 @dataclass(frozen=True)

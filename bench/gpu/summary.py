@@ -151,9 +151,10 @@ def _bench(mine: list[Row]) -> Iterator[str]:
     for case in dict.fromkeys(row["case"] for row in measured):
         for row in [row for row in measured if row["case"] == case]:
             share = f"{row['share_of_copy_rate']:.0%}" if "share_of_copy_rate" in row else ""
+            floor = f"{row['of_floor']:.2f}" if "of_floor" in row else "-"
             yield (
                 f"{case[:22]:22} {row['method'][:32]:32} {row['median_ms']:8.2f} {row['min_ms']:8.2f} "
-                f"{row['scratch_bytes'] / 1e9:6.2f} {row.get('tflop_per_s', 0):7.0f} {row.get('of_floor', 0):7.2f} {share:>5} "
+                f"{row['scratch_bytes'] / 1e9:6.2f} {row.get('tflop_per_s', 0):7.0f} {floor:>7} {share:>5} "
                 f"{row.get('agrees', '')}"
             )
     for row in losses:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,20 +29,27 @@ class Settings:
     methods: tuple[str, ...]
 
 
-def run_step(step: str, seconds: float, settings: Settings) -> str:
+def run_step(step: str, seconds: float, settings: Settings, shards: int = 1) -> str:
     """Returns "done", "timed out" or what else ended it; never raises for what a step does."""
+    with ThreadPoolExecutor(shards) as pool:
+        outcomes = pool.map(lambda shard: _run_shard(step, f"{shard}/{shards}", seconds, settings), range(shards))
+        return next((outcome for outcome in outcomes if outcome != "done"), "done")
+
+
+def _run_shard(step: str, shard: str, seconds: float, settings: Settings) -> str:
     end = time.time() + seconds
     with tempfile.TemporaryDirectory() as scratch:
         progress = Path(scratch) / "progress.jsonl"
         while True:
             begun = len(_begun(progress))
-            outcome = _run_process(step, end, progress, Path(scratch) / "output", settings)
+            outcome = _run_process(step, shard, end, progress, Path(scratch) / "output", settings)
             if outcome == "done" or end - time.time() < GRACE or len(_begun(progress)) == begun:
                 return outcome
 
 
-def _run_process(step: str, end: float, progress: Path, output: Path, settings: Settings) -> str:
+def _run_process(step: str, shard: str, end: float, progress: Path, output: Path, settings: Settings) -> str:
     command = [sys.executable, "-X", "faulthandler", "-m", "bench.gpu.child", step, "--folder", settings.folder]
+    command += ["--shard", shard]
     command += ["--progress", progress, "--end", str(end), "--device", settings.device]
     command += ["--rehearse"] if settings.rehearse else []
     command += ["--case", *settings.cases] if settings.cases else []

@@ -6,10 +6,11 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 
-from bench.gpu import rows, summary, supervise
+from bench.gpu import device, rows, summary, supervise
 from bench.gpu.pytest_outcomes import VARIABLE
-from bench.gpu.steps import STEPS
+from bench.gpu.steps import STEPS, Run
 
 # Not on the machine that the run is written for.
 BLOCKER = """
@@ -67,6 +68,31 @@ def test_the_summary_names_each_kind_of_error_once(faults):
     text = summary.write(folder)
     assert "2 x failed: E: same [device/x; device/y]" in text and text.count("E: same") == 1
     assert "1 x timed out" in text and len(text) < 12_000
+
+
+def test_shards_deal_the_items_out(tmp_path):
+    """Three processes at once: each item is done by one of them."""
+    assert supervise.run_step("faults", 60.0, settings(tmp_path), shards=3) == "done"
+    found = [row["item"] for row in rows.read(tmp_path / rows.NAME) if "status" in row]
+    assert len(found) == len(set(found)) == 11
+
+
+def test_ceilings_are_this_runs_or_kept_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    run = Run("bench", tmp_path, "cuda", 0.0)
+    assert device.ceilings(run) == {}
+    kept = [
+        {"step": "device", "what": "versions", "device": "a device"},
+        {"step": "device", "what": "copy", "bytes_per_s": 3e12},
+        {"step": "device", "what": "product", "product": "logits", "flop_per_s": 7e14},
+        {"step": "device", "what": "product", "product": "logits, 16 bits", "flop_per_s": 9e14},
+    ]
+    (tmp_path / "gpu-a-device").mkdir()
+    rows.write_csv(tmp_path / "gpu-a-device" / "results.csv", kept)
+    assert device.ceilings(run) == {"copy": 3e12, "product": 7e14}
+    rows.append(tmp_path / rows.NAME, {**kept[1], "bytes_per_s": 2e12})
+    assert device.ceilings(run) == {"copy": 2e12}
 
 
 def test_a_step_out_of_time_is_left(tmp_path):
