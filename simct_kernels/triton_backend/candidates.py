@@ -1,9 +1,11 @@
 """Each unit's two softmaxes over its candidates, and their divergence: Eq. 7 to 9 without a stored probability.
 
-`divergence` launches `forward_kernel`, which reads the logits, and `finish_kernel`; the generalised JSD takes a second such
-pair (see scores.MIXED). The gradient is a launch of its own and not a last pass of the first: the rows that the programs of
-a GPU hold at once are larger than its L2 cache, so nothing would be read sooner for it, and a grid over rows and columns
-balances better.
+`divergence` launches what reads the logits, `candidate_kernel` for the shared columns and, where a score needs log-sum-exps,
+`logsumexp_kernel` for the rest of the rows; then `finish_kernel`. Each logit is read once: the first row of a unit is read
+over its unshared columns only, because the candidates' statistics hold the sum over the shared ones. The generalised JSD
+takes a second pass over the candidates (see scores.MIXED). The gradient is a launch of its own and not a last pass of the
+first: the chunk's rows are larger than the L2 cache, so nothing would be read sooner for it, and a grid over rows and
+columns balances better.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from torch import Tensor
 from simct_kernels.options import LossOptions
 from simct_kernels.triton_backend import tiles
 from simct_kernels.triton_backend.finish import finish_kernel, mixture_kernel
-from simct_kernels.triton_backend.forward import forward_kernel
+from simct_kernels.triton_backend.forward import candidate_kernel
+from simct_kernels.triton_backend.rows import unit_logsumexp
 from simct_kernels.triton_backend.scores import FORWARD, MIXED, REVERSE, Side
 
 
@@ -32,7 +35,7 @@ class UnitRows:
     tokens: Tensor | None  # int64 [N], the column of each row's own token, unless the targets are given
     targets: Tensor | None = None  # float32 [N], the logits of the rows' own tokens, where those are no columns
     unit: Tensor | None = None  # int64 [N], each row's unit, -1 for none; None: row g is unit g's, and never read whole
-    rest: Tensor | None = None  # int32 [W - K], the columns that are not shared; None: those from K on
+    rest: Tensor | None = None  # int32, see Columns.rest: the columns that are not shared; None: those from K on
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Candidates:
     teacher: UnitRows
     size: int  # K
     continues: bool | Tensor  # whether all, none or which [G] of the units have a continuation
-    left_out: Tensor | None = None  # bool [any, K]
+    left_out: Tensor | None = None  # bool [any, any >= K]; a width that 16 divides is read faster
     left_out_rows: Tensor | None = None  # int64 [G], -1 for none
 
     @property
@@ -90,28 +93,28 @@ def divergence(candidates: Candidates, options: LossOptions) -> Units:
     """The losses of all units, and what their gradient is made from."""
     student, teacher = candidates.student, candidates.teacher
     count, device = len(student.rows), student.rows.device
-    shape, row_shape = tiles.tile("forward", device), tiles.tile("logsumexp", device)
-    splits, each = tiles.splits(count, candidates.size, shape, device)
+    shape = tiles.tile("forward", device)
+    scattered = student.side.ids is not None or teacher.side.ids is not None
+    most = tiles.SCATTERED_TILES if scattered else tiles.TILES_EACH
+    splits, each = tiles.splits(count, candidates.size, shape, device, most)
     mode, temperature, beta = mode_of(options.beta), 1 / options.temperature, float(options.beta)
     drops, continues = options.teacher_mass_floor is not None, candidates.continues is not False
     sums = options.temperature != 1 or candidates.left_out is not None
-    student_whole = _Whole.plan(student, options.normalises, row_shape)
-    teacher_whole = _Whole.plan(teacher, options.normalises or drops, row_shape)
+    student_rest = _rest_of_rows(student, candidates.size, options.normalises, False)
+    teacher_rest = _rest_of_rows(teacher, candidates.size, options.normalises, drops)
     partial = torch.empty(10 if sums else 5, splits, count, dtype=torch.float32, device=device)
     units = Units(
         torch.zeros(10, count, dtype=torch.float32, device=device),
-        None if student_whole.partial is None else torch.empty_like(student_whole.partial[0]),
+        None if student_rest is None else torch.empty_like(student_rest[0]),
     )
 
-    def read(student_whole: _Whole, teacher_whole: _Whole, second: bool) -> None:
-        programs = student_whole.programs + teacher_whole.programs + triton.cdiv(count, shape.rows) * splits
-        forward_kernel[(programs,)](
+    def read(second: bool) -> None:
+        candidate_kernel[(triton.cdiv(count, shape.rows) * splits,)](
             partial,
-            student_whole.partial,
-            teacher_whole.partial,
-            *_forward_arguments(student, student_whole),
-            *_forward_arguments(teacher, teacher_whole),
+            *_read_arguments(student),
+            *_read_arguments(teacher),
             candidates.left_out,
+            0 if candidates.left_out is None else candidates.left_out.shape[1],
             candidates.left_out_rows,
             units.state if second else None,
             count,
@@ -122,21 +125,20 @@ def divergence(candidates: Candidates, options: LossOptions) -> Units:
             beta,
             MODE=mode,
             SUMS=sums and not second,
-            LONGER=options.normalises,
-            FIRST=drops,
             ROWS=shape.rows,
             BLOCK=shape.block,
-            ROW_BLOCK=row_shape.block,
+            LANES=tiles.threads(shape, device),
+            VECTOR=16 // max(student.side.values.element_size(), teacher.side.values.element_size()),
             num_warps=shape.warps,
         )
 
-    read(student_whole, teacher_whole, second=False)
+    read(second=False)
     finish_kernel[(triton.cdiv(count, tiles.UNITS),)](
         units.state,
         partial,
-        *_finish_arguments(student, student_whole),
+        *_finish_arguments(student, student_rest),
         units.student_logsumexp,
-        *_finish_arguments(teacher, teacher_whole),
+        *_finish_arguments(teacher, teacher_rest),
         candidates.has_continuation,
         options.teacher_mass_floor,
         count,
@@ -149,10 +151,11 @@ def divergence(candidates: Candidates, options: LossOptions) -> Units:
         CONTINUES=continues,
         SUM=options.score == "sum_logprob",
         UNITS=tiles.UNITS,
+        SPLITS=tiles.SPLITS,
         num_warps=2,
     )
     if mode == MIXED:
-        read(_Whole(), _Whole(), second=True)
+        read(second=True)
         mixture_kernel[(triton.cdiv(count, tiles.UNITS),)](
             units.state,
             partial,
@@ -163,48 +166,24 @@ def divergence(candidates: Candidates, options: LossOptions) -> Units:
             MODE=mode,
             CONTINUES=continues,
             UNITS=tiles.UNITS,
+            SPLITS=tiles.SPLITS,
             num_warps=2,
         )
     return units
 
 
-@dataclass(frozen=True)
-class _Whole:
-    """The reading of one side's whole rows: where their log-sum-exps go, and how each is split over programs."""
-
-    partial: Tensor | None = None  # float32 [splits, N]; None: no row is read whole
-    splits: int = 0
-    tiles: int = 1  # of a split
-
-    @classmethod
-    def plan(cls, rows: UnitRows, wanted: bool, shape: tiles.Tile) -> _Whole:
-        values = rows.side.values
-        if not wanted or rows.unit is None:
-            return cls()
-        splits, each = tiles.splits(*values.shape, shape, values.device)
-        return cls(torch.empty(splits, len(values), dtype=torch.float32, device=values.device), splits, each)
-
-    @property
-    def programs(self) -> int:
-        return 0 if self.partial is None else self.partial.numel()
+def _rest_of_rows(rows: UnitRows, size: int, longer: bool, firsts: bool) -> Tensor | None:
+    """float32 [splits, N], see `unit_logsumexp`; None where no row is read whole."""
+    if rows.unit is None or not (longer or firsts):
+        return None
+    return unit_logsumexp(rows.side, rows.unit, rows.length, rows.rows, rows.rest, size, longer=longer, firsts=firsts)
 
 
-def _forward_arguments(rows: UnitRows, whole: _Whole) -> tuple:
-    read = whole.partial is not None
-    return (
-        *rows.side.arguments(),
-        rows.side.ids,
-        rows.rest if read else None,
-        rows.rows,
-        rows.unit if read else None,
-        rows.length,
-        *rows.side.values.shape,
-        whole.splits,
-        whole.tiles,
-    )
+def _read_arguments(rows: UnitRows) -> tuple:
+    return *rows.side.arguments(), rows.side.ids, rows.side.bound, rows.rows
 
 
-def _finish_arguments(rows: UnitRows, whole: _Whole) -> tuple:
+def _finish_arguments(rows: UnitRows, rest: Tensor | None) -> tuple:
     own = rows.tokens if rows.targets is None else None
     return (
         *rows.side.arguments(),
@@ -212,7 +191,7 @@ def _finish_arguments(rows: UnitRows, whole: _Whole) -> tuple:
         rows.length,
         own,
         rows.targets,
-        whole.partial,
+        rest,
         len(rows.side.values),
-        whole.splits,
+        0 if rest is None else len(rest),
     )

@@ -14,15 +14,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from simct_kernels.host import on_host, to_device
 
-# A product of rows and shared columns has rows of a multiple of this many elements (128 bytes at 16 bits): an odd K would
-# deny the products and the kernels their 16-byte accesses.
+# A product of rows and shared columns has rows of a multiple of this many elements (128 bytes at 16 bits), and so have the
+# tables of columns: an odd K would deny the products and the kernels their 16-byte accesses.
 PAD = 64
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Columns:
-    ids: Tensor | None  # int32 [K]; None where shared token k is column k
+    ids: Tensor | None  # int32 [K'], as `padded`; None where shared token k is column k
     padded: Tensor  # int64 [K'], the ids, the last one repeated to a multiple of PAD
     first: int | None  # the first of ids that are consecutive
     host_ids: np.ndarray  # int64 [K], on the CPU
@@ -38,11 +38,14 @@ class Columns:
         return self._index[width]
 
     def rest(self, width: int) -> Tensor | None:
-        """int32 [width - K], the columns that are not shared, ascending; None where they are those from K on."""
+        """The columns that are not shared, ascending; None where they are those from K on.
+
+        int32 [width - K] with the last one repeated to a multiple of PAD, as in `padded`.
+        """
         if self.ids is None:
             return None
         if width not in self._rest:
-            rest = np.flatnonzero(self._host_index(width) < 0).astype(np.int32)
+            rest = _padded(np.flatnonzero(self._host_index(width) < 0).astype(np.int32))
             self._rest[width] = to_device(torch.from_numpy(rest), self.ids.device)
         return self._rest[width]
 
@@ -58,7 +61,12 @@ def columns_of(
     if ids not in _kept:
         host = on_host(ids)
         first = int(host[0]) if (np.diff(host) == 1).all() else None
-        padded = np.pad(host, (0, -len(host) % PAD), mode="edge")
-        columns, padded = (to_device(torch.from_numpy(made), ids.device) for made in (host.astype(np.int32), padded))
+        columns, padded = (
+            to_device(torch.from_numpy(_padded(made)), ids.device) for made in (host.astype(np.int32), host)
+        )
         _kept[ids] = Columns(None if first == 0 else columns, padded, first, host)
     return _kept[ids]
+
+
+def _padded(ids: np.ndarray) -> np.ndarray:
+    return np.pad(ids, (0, -len(ids) % PAD), mode="edge") if len(ids) else ids

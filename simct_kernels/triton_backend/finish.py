@@ -1,4 +1,4 @@
-"""What `forward_kernel` found, put together: row log-sum-exps, continuations, and the units' divergences.
+"""What `candidate_kernel` and `logsumexp_kernel` found, put together: row log-sum-exps, continuations, and the units' divergences.
 
 A number or two a row and a unit: the launches here cost next to nothing. They are launches of their own because they need
 all programs of the forward pass to be done.
@@ -13,6 +13,9 @@ from simct_kernels.triton_backend.scores import (
     FORWARD,
     MIXED,
     add_sums,
+    exp,
+    gather,
+    gather_sums,
     kl_terms,
     load_logits,
     log_add,
@@ -26,7 +29,7 @@ from simct_kernels.triton_backend.scores import (
 @triton.jit
 def finish_kernel(
     state,  # float32 [10, G]: see candidates.Units
-    partial,  # float32 [5 or 10, splits, G], of forward_kernel
+    partial,  # float32 [5 or 10, splits, G], of candidate_kernel
     student,  # [N_s, W_s], and so on: see Side
     student_row_stride,
     student_column_stride,
@@ -37,7 +40,7 @@ def finish_kernel(
     student_length,  # int64 [G]
     student_tokens,  # int64 [N_s], the column of each row's own token, unless the targets are given
     student_targets,  # float32 [N_s], the logits of the rows' own tokens; None: they are columns
-    student_partial,  # float32 [splits, N_s], of forward_kernel; None: no row is read whole
+    student_partial,  # float32 [splits, N_s], of unit_logsumexp; None: no row is read whole
     student_count,  # N_s
     student_splits,
     student_logsumexp,  # float32 [N_s], written for the rows of longer units
@@ -66,6 +69,7 @@ def finish_kernel(
     CONTINUES: tl.constexpr,
     SUM: tl.constexpr,
     UNITS: tl.constexpr,
+    SPLITS: tl.constexpr,  # read at a time
 ):
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     inside = unit < count
@@ -74,23 +78,24 @@ def finish_kernel(
     m, u, a, n, v = low, zero, zero, low, zero
     student_top, student_sum, teacher_top, teacher_sum, kept_sum = low, zero, low, zero, zero
     field = splits * count
-    for split in range(splits):
-        place = partial + split * count + unit
-        m2 = tl.load(place, mask=inside, other=0.0)
-        u2 = tl.load(place + field, mask=inside, other=1.0)
-        a2 = tl.load(place + 2 * field, mask=inside, other=0.0)
-        n2 = tl.load(place + 3 * field, mask=inside, other=0.0)
-        v2 = tl.load(place + 4 * field, mask=inside, other=1.0)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)[None, :]
+        mask = inside[:, None] & (split < splits)
+        place = partial + split * count + unit[:, None]
+        m2 = tl.load(place, mask=mask, other=-float("inf"))
+        u2 = tl.load(place + field, mask=mask, other=0.0)
+        a2 = tl.load(place + 2 * field, mask=mask, other=0.0)
+        n2 = tl.load(place + 3 * field, mask=mask, other=-float("inf"))
+        v2 = tl.load(place + 4 * field, mask=mask, other=0.0)
+        m2, u2, a2, n2, v2 = gather(m2, u2, a2, n2, v2)
         m, u, a, n, v = merge(m, u, a, n, v, m2, u2, a2, n2, v2)
         if SUMS:
-            top = tl.load(place + 5 * field, mask=inside, other=0.0)
-            total = tl.load(place + 6 * field, mask=inside, other=1.0)
-            student_top, student_sum = add_sums(student_top, student_sum, top, total)
-            top = tl.load(place + 7 * field, mask=inside, other=0.0)
-            total = tl.load(place + 8 * field, mask=inside, other=1.0)
-            kept = tl.load(place + 9 * field, mask=inside, other=1.0)
-            _, kept_sum = add_sums(teacher_top, kept_sum, top, kept)
-            teacher_top, teacher_sum = add_sums(teacher_top, teacher_sum, top, total)
+            student_top, student_sum, _ = _add_sums(
+                student_top, student_sum, student_sum, place + 5 * field, field, mask, False
+            )
+            teacher_top, teacher_sum, kept_sum = _add_sums(
+                teacher_top, teacher_sum, kept_sum, place + 7 * field, field, mask, True
+            )
     if not SUMS:  # nothing is left out, and the temperature is 1
         student_top, student_sum, teacher_top, teacher_sum = m, u, n, v
         if MODE == FORWARD:
@@ -159,8 +164,8 @@ def finish_kernel(
 
     kept = zero + 1
     if mass_floor is not None:
-        mass = kept_sum * tl.exp(teacher_top - teacher_first)
-        mass = tl.where(kept_sum == 0, 0.0, mass) + tl.exp(raw - teacher_first)
+        mass = kept_sum * exp(teacher_top - teacher_first)
+        mass = tl.where(kept_sum == 0, 0.0, mass) + exp(raw - teacher_first)
         kept = tl.where(mass < mass_floor, 0.0, 1.0 + 0.0 * teacher_first)  # NaN anywhere in the row stays NaN
 
     # The continuation as a set of one candidate. It is its own maximum: its sum is 1, and NaN if it is NaN.
@@ -191,9 +196,21 @@ def finish_kernel(
 
 
 @triton.jit
+def _add_sums(m, total, kept, place, field, mask, KEPT: tl.constexpr):
+    """Adds the maxima [U, S] at `place`, and the sums that follow them, to those of U units."""
+    top = tl.load(place, mask=mask, other=-float("inf"))
+    if KEPT:
+        most, part = gather_sums(top, tl.load(place + 2 * field, mask=mask, other=0.0))
+        _, kept = add_sums(m, kept, most, part)
+    most, part = gather_sums(top, tl.load(place + field, mask=mask, other=0.0))
+    m, total = add_sums(m, total, most, part)
+    return m, total, kept
+
+
+@triton.jit
 def mixture_kernel(
     state,  # float32 [10, G], of finish_kernel
-    partial,  # float32 [2, splits, G], of forward_kernel's second pass
+    partial,  # float32 [2, splits, G], of candidate_kernel's second pass
     count,  # G
     splits,
     inverse_temperature,
@@ -201,6 +218,7 @@ def mixture_kernel(
     MODE: tl.constexpr,
     CONTINUES: tl.constexpr,
     UNITS: tl.constexpr,
+    SPLITS: tl.constexpr,  # read at a time
 ):
     """The generalised JSD, whose terms need both sides' log-sum-exps first."""
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
@@ -216,10 +234,12 @@ def mixture_kernel(
         log_p = log_p - tl.load(state + 4 * count + unit, mask=inside, other=0.0)
         log_m = log_mixture(log_q, log_p, beta)
         kl, other_kl = kl_terms(log_q, log_m), kl_terms(log_p, log_m)
-    for split in range(splits):
-        place = partial + split * count + unit
-        kl += tl.load(place, mask=inside, other=0.0)
-        other_kl += tl.load(place + splits * count, mask=inside, other=0.0)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)[None, :]
+        mask = inside[:, None] & (split < splits)
+        place = partial + split * count + unit[:, None]
+        kl += tl.sum(tl.load(place, mask=mask, other=0.0), 1)
+        other_kl += tl.sum(tl.load(place + splits * count, mask=mask, other=0.0), 1)
     kept = tl.load(state + 7 * count + unit, mask=inside, other=0.0)
     loss = (1 - beta) * kl + beta * other_kl
     _store(state, unit, inside, count, loss, kl, kept, log_q, log_p, inverse_temperature, beta, MODE, CONTINUES)

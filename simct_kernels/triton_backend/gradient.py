@@ -1,4 +1,8 @@
-"""The gradient by the student's logits, every element of which is written once, zeros included."""
+"""The gradient by the student's logits, every element of which is written once, zeros included.
+
+The programs of the same rows follow each other, for what `forward.py` says of the L2 cache. The student's rows are read in
+full and in order, unshared columns too: they share their sectors with shared ones.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from torch import Tensor
 from simct_kernels.options import LossOptions
 from simct_kernels.triton_backend import tiles
 from simct_kernels.triton_backend.candidates import Candidates, Units, mode_of
-from simct_kernels.triton_backend.scores import load_logits, score_gradient
+from simct_kernels.triton_backend.scores import exp, load_logits, score_gradient
 
 
 @triton.jit
@@ -36,9 +40,11 @@ def gradient_kernel(
     teacher_bias,
     teacher_scale,
     teacher_softcap,
-    teacher_ids,  # int32 [K] or None
+    teacher_ids,  # int32 [any >= K] or None
+    teacher_bound,  # see Side
     teacher_rows,  # int64 [G]
-    left_out,  # bool [any, K] or None
+    left_out,  # bool [any, any >= K] or None
+    left_out_width,
     left_out_rows,  # int64 [G]
     state,  # float32 [10, G]: see Units
     weights,  # float32 [G], what each unit's gradient is multiplied by
@@ -53,8 +59,9 @@ def gradient_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    blocks = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside_rows, inside_columns = row < count, column < width
     unit = row
     if row_unit is not None:
@@ -80,16 +87,17 @@ def gradient_kernel(
         whole = continued & (length > 1)
         by_logsumexp = tl.where(whole, tl.where(first, by_continuation, 0.0) - by_target, 0.0)
 
-    index, is_shared = column, column < size
+    index, is_shared, teacher_inside = column, column < size, column < teacher_bound
     if shared_index is not None:
         index = tl.load(shared_index + column, mask=inside_columns, other=-1)
         is_shared = index >= 0
+        teacher_inside = is_shared
     chosen = first[:, None] & is_shared
-    read = chosen
+    read = first
     if logsumexp is not None:
-        read = read | whole[:, None]
+        read = read | whole
     if tokens is not None and student_softcap is not None:
-        read = read | (column == token[:, None])  # its slope is wanted, also where the row is not read whole
+        read = read | continued  # its token's slope is wanted, also where the row is not read whole
     z = load_logits(
         student,
         student_row_stride,
@@ -99,13 +107,13 @@ def gradient_kernel(
         student_softcap,
         row[:, None],
         column,
-        read,
+        read[:, None],
         inside_columns,
     )
     teacher_row = tl.load(teacher_rows + unit, mask=first, other=0)[:, None]
     teacher_column = index
     if teacher_ids is not None:
-        teacher_column = tl.load(teacher_ids + index, mask=is_shared, other=0)
+        teacher_column = tl.load(teacher_ids + index, mask=teacher_inside, other=0)
     t = load_logits(
         teacher,
         teacher_row_stride,
@@ -115,12 +123,13 @@ def gradient_kernel(
         teacher_softcap,
         teacher_row,
         teacher_column,
-        chosen,
-        is_shared,
+        first[:, None],
+        teacher_inside,
     )
     if left_out is not None:
         listed = tl.load(left_out_rows + unit, mask=first, other=-1)[:, None]
-        chosen = chosen & (tl.load(left_out + listed * size + index, mask=chosen & (listed >= 0), other=0) == 0)
+        left_out_inside = (listed >= 0) & (index < left_out_width) & (index >= 0)
+        chosen = chosen & (tl.load(left_out + listed * left_out_width + index, mask=left_out_inside, other=0) == 0)
 
     student_max = tl.load(state + unit_count + unit, mask=first, other=0.0)[:, None]
     student_log = tl.load(state + 2 * unit_count + unit, mask=first, other=0.0)[:, None]
@@ -132,14 +141,17 @@ def gradient_kernel(
     gradient = tl.where(chosen, score_gradient(log_q, log_p, kl, beta, MODE) * inverse_temperature, 0.0)
     if logsumexp is not None:
         normaliser = tl.load(logsumexp + row, mask=whole, other=0.0)
-        softmax = tl.exp(z - normaliser[:, None]) * by_logsumexp[:, None]
+        softmax = exp(z - normaliser[:, None]) * by_logsumexp[:, None]
         gradient += tl.where(by_logsumexp[:, None] == 0, 0.0, softmax)
     if tokens is not None:
         gradient += tl.where(column == token[:, None], by_target[:, None], 0.0)
     if student_scale is not None:
         gradient *= student_scale
     if student_softcap is not None:
-        gradient *= 1 - (z / student_softcap) * (z / student_softcap)
+        part = z * (1 / student_softcap)
+        gradient *= tl.where(
+            gradient == 0, 0.0, 1 - part * part
+        )  # an unshared logit is read for nothing, even if it is NaN
     gradient = tl.where(live[:, None], gradient * weight[:, None], 0.0)
     pointers = out + row[:, None] * out_row_stride + column
     tl.store(pointers, gradient.to(out.dtype.element_ty), mask=inside_rows[:, None] & inside_columns)
@@ -158,7 +170,7 @@ def write_gradient(
     student, teacher = candidates.student, candidates.teacher
     own = None if candidates.continues is False or student.targets is not None else student.tokens
     shape = tiles.tile("gradient", out.device)
-    gradient_kernel[triton.cdiv(out.shape[0], shape.rows), triton.cdiv(out.shape[1], shape.block)](
+    gradient_kernel[(triton.cdiv(out.shape[0], shape.rows) * triton.cdiv(out.shape[1], shape.block),)](
         out,
         out.stride(0),
         *student.side.arguments(),
@@ -171,8 +183,10 @@ def write_gradient(
         units.student_logsumexp,
         *teacher.side.arguments(),
         teacher.side.ids,
+        teacher.side.bound,
         teacher.rows,
         candidates.left_out,
+        0 if candidates.left_out is None else candidates.left_out.shape[1],
         candidates.left_out_rows,
         units.state,
         weights,

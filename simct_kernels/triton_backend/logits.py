@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import triton
 from torch import Tensor
 
 from simct_kernels.inputs import AlignedUnits, SharedVocabulary
@@ -39,7 +40,8 @@ def _candidates(
     left_out = left_out_rows = None
     if options.candidates == "disjoint" and units.left_out is not None:
         # A byte for each unit and candidate: at most a quarter of what 16-bit logits of the same rows take.
-        left_out = torch.zeros(len(units), len(shared), dtype=torch.bool, device=continued.device)
+        width = triton.cdiv(len(shared), 64) * 64
+        left_out = torch.zeros(len(units), width, dtype=torch.bool, device=continued.device)
         left_out[units.left_out[:, 0], units.left_out[:, 1]] = True
         left_out_rows = torch.where(continued, torch.arange(len(units), device=continued.device), -1)
     student, teacher = rows(student_logits, "student"), rows(teacher_logits, "teacher")

@@ -23,13 +23,27 @@ class Side:
     """One side's logits where the kernels find them: softcap * tanh(scale * (values + bias) / softcap)."""
 
     values: Tensor  # [N, W], any strides
-    ids: Tensor | None = None  # int32 [K], the columns of the shared tokens; None: column k is shared token k
+    ids: Tensor | None = None  # int32 [K' >= K], the columns of the shared tokens; None: column k is shared token k
     bias: Tensor | None = None  # float32 [W]
     scale: float | None = None
     softcap: float | None = None
 
     def arguments(self) -> tuple:
         return self.values, *self.values.stride(), self.bias, self.scale, self.softcap
+
+    @property
+    def bound(self) -> int:
+        """Up to where shared tokens can be read, K or more: a bound that 16 divides makes for 16-byte reads, an odd K not.
+
+        What is read from K on is a real column, but no shared token: the arithmetic leaves it out.
+        """
+        return self.values.shape[1] if self.ids is None else len(self.ids)
+
+
+@triton.jit
+def exp(x):
+    """e^x in two instructions: Triton makes five of `tl.exp`, which keeps results below 1.2e-38 that nothing here needs."""
+    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
@@ -59,9 +73,8 @@ def finish_logits(z, bias, scale, softcap, columns, column_mask):
     if scale is not None:
         z *= scale
     if softcap is not None:
-        x = z / softcap
-        small = tl.exp(-2 * tl.abs(x))
-        z = softcap * tl.where(x < 0, small - 1, 1 - small) / (1 + small)
+        small = exp(tl.abs(z) * (-2 / softcap))  # one division of scalars, and one of the elements
+        z = tl.where(z < 0, -softcap, softcap) * ((1 - small) / (1 + small))
     return z
 
 
@@ -82,7 +95,7 @@ def add_sums(m1, sum1, m2, sum2):
     """Maximum and sum of exp(x - m) of two sets taken together."""
     m = tl.maximum(m1, m2)
     top = finite_max(m)
-    return m, sum1 * tl.exp(m1 - top) + sum2 * tl.exp(m2 - top)
+    return m, sum1 * exp(m1 - top) + sum2 * exp(m2 - top)
 
 
 @triton.jit
@@ -90,38 +103,101 @@ def log_add(a, b):
     """log(e^a + e^b), NaN if either is."""
     m = tl.maximum(a, b)
     top = finite_max(m)
-    return log_sum(m, tl.exp(a - top) + tl.exp(b - top))
+    return log_sum(m, exp(a - top) + exp(b - top))
 
 
 @triton.jit
-def summarise(x, y, DIVERGES: tl.constexpr):
-    """A tile's share [R] of KL(softmax x || softmax y), from x and y [R, B].
+def fold_max(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """The maxima [R, L] of a tile [R, B], by lanes.
 
-    m, n are the maxima of x and y, u, v the sums of e^(x-m) and e^(y-n), a = sum of e^(x-m) ((x-m) - (y-n)).
-    A candidate that x excludes adds nothing to a; one that only y excludes makes it infinite, underflow or not.
+    A lane takes every L-th group of VECTOR neighbours, as a thread does of a tile that is read 16 bytes at a time: nothing
+    crosses threads. L is at most LANES, the number of threads.
     """
-    m, n = tl.max(x, 1), tl.max(y, 1)
-    dx, dy = x - finite_max(m)[:, None], y - finite_max(n)[:, None]
-    e = tl.exp(dx)
+    return tl.max(tl.max(_by_lanes(x, LANES, VECTOR), 3), 1)
+
+
+@triton.jit
+def fold_sum(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """The sums [R, L] of a tile [R, B], by lanes: see fold_max."""
+    return tl.sum(tl.sum(_by_lanes(x, LANES, VECTOR), 3), 1)
+
+
+@triton.jit
+def _by_lanes(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    GROUPS: tl.constexpr = x.shape[1] // VECTOR
+    L: tl.constexpr = GROUPS if GROUPS < LANES else LANES
+    return tl.reshape(x, [x.shape[0], GROUPS // L, L, VECTOR])
+
+
+@triton.jit
+def add_tile(m, u, a, n, v, x, y, scale, DIVERGES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """What a tile x, y [R, B] adds to KL(softmax scale x || softmax scale y), by lanes [R, L]. scale > 0.
+
+    m, n are the maxima of x and y, u, v the sums of e^(scale (x-m)) and e^(scale (y-n)), and a = sum of
+    e^(scale (x-m)) ((x-m) - (y-n)). A candidate that x excludes adds nothing to a (that it is not quite nothing, 1e-16 at
+    most, saves two instructions of some twenty); one that only y excludes makes it infinite, underflow or not.
+    """
+    next_m, next_n = tl.maximum(m, fold_max(x, LANES, VECTOR)), tl.maximum(n, fold_max(y, LANES, VECTOR))
+    m_, n_ = finite_max(next_m), finite_max(next_n)
+    dx, dy = x - _spread(m_, x, LANES, VECTOR), y - _spread(n_, y, LANES, VECTOR)
+    binary = scale * 1.4426950408889634  # 2^(binary x) = e^(scale x)
+    e = tl.exp2(dx * binary)
+    m, n = m - m_, n - n_
+    weight = tl.exp2(m * binary)
     if DIVERGES:
-        a = tl.sum(tl.where(x == -float("inf"), 0.0, tl.where(e < 1e-37, 1e-37, e) * (dx - dy)), 1)
-    else:
-        a = tl.zeros_like(m)
-    return m, tl.sum(e, 1), a, n, tl.sum(tl.exp(dy), 1)
+        a = recentre(weight, u, a, m - n)
+        a += fold_sum(tl.maximum(e, 1.2e-38) * tl.maximum(dx - dy, -1e22), LANES, VECTOR)
+    u = u * weight + fold_sum(e, LANES, VECTOR)
+    v = v * tl.exp2(n * binary) + fold_sum(tl.exp2(dy * binary), LANES, VECTOR)
+    return next_m, u, a, next_n, v
+
+
+@triton.jit
+def add_exps(m, total, x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Maximum and sum of exp(x - maximum) by lanes [R, L], with a tile [R, B] added."""
+    next_m = tl.maximum(m, fold_max(x, LANES, VECTOR))
+    top = finite_max(next_m)
+    return next_m, total * exp(m - top) + fold_sum(exp(x - _spread(top, x, LANES, VECTOR)), LANES, VECTOR)
+
+
+@triton.jit
+def _spread(lanes, x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """What each element's lane has, [R, B] as x."""
+    GROUPS: tl.constexpr = x.shape[1] // VECTOR
+    return tl.reshape(
+        tl.broadcast_to(lanes[:, None, :, None], [x.shape[0], GROUPS // lanes.shape[1], lanes.shape[1], VECTOR]),
+        x.shape,
+    )
 
 
 @triton.jit
 def merge(m1, u1, a1, n1, v1, m2, u2, a2, n2, v2):
-    """What `summarise` gives for two sets of candidates taken together."""
+    """What `add_tile` gives at scale 1, for two sets of candidates taken together."""
     m, n = tl.maximum(m1, m2), tl.maximum(n1, n2)
     m_, n_ = finite_max(m), finite_max(n)
-    w1, w2 = tl.exp(m1 - m_), tl.exp(m2 - m_)
-    a = _recentre(w1, u1, a1, (m1 - m_) - (n1 - n_)) + _recentre(w2, u2, a2, (m2 - m_) - (n2 - n_))
-    return m, u1 * w1 + u2 * w2, a, n, v1 * tl.exp(n1 - n_) + v2 * tl.exp(n2 - n_)
+    w1, w2 = exp(m1 - m_), exp(m2 - m_)
+    a = recentre(w1, u1, a1, (m1 - m_) - (n1 - n_)) + recentre(w2, u2, a2, (m2 - m_) - (n2 - n_))
+    return m, u1 * w1 + u2 * w2, a, n, v1 * exp(n1 - n_) + v2 * exp(n2 - n_)
 
 
 @triton.jit
-def _recentre(weight, sum_exp, a, shift):
+def gather(m, u, a, n, v):
+    """As `merge`, of the S sets of each of R units [R, S] taken together: [R] each."""
+    top, low = tl.max(m, 1), tl.max(n, 1)
+    dm, dn = m - finite_max(top)[:, None], n - finite_max(low)[:, None]
+    weight = exp(dm)
+    return top, tl.sum(u * weight, 1), tl.sum(recentre(weight, u, a, dm - dn), 1), low, tl.sum(v * exp(dn), 1)
+
+
+@triton.jit
+def gather_sums(m, total):
+    """As `add_sums`, of S sets of each of R units [R, S] taken together: [R] each."""
+    top = tl.max(m, 1)
+    return top, tl.sum(total * exp(m - finite_max(top)[:, None]), 1)
+
+
+@triton.jit
+def recentre(weight, sum_exp, a, shift):
     moved = a + tl.where(sum_exp == 0, 0.0, sum_exp * shift)
     return tl.where(moved == float("inf"), moved, weight * moved)  # infinite stays so where the weight underflows to 0
 
@@ -131,21 +207,21 @@ def log_mixture(log_q, log_p, beta):
     """log(beta p + (1 - beta) q)."""
     a, b = log_p + tl.log(beta), log_q + tl.log(1 - beta)
     top = tl.maximum(a, b)
-    return tl.where(top == -float("inf"), top, top + tl.log(1 + tl.exp(-tl.abs(a - b))))
+    return tl.where(top == -float("inf"), top, top + tl.log(1 + exp(-tl.abs(a - b))))
 
 
 @triton.jit
 def kl_terms(log_a, log_b):
     """a log(a / b): 0 where a excludes, infinite where only b does."""
-    return tl.where(log_a == -float("inf"), 0.0, tl.maximum(tl.exp(log_a), 1e-37) * (log_a - log_b))
+    return tl.where(log_a == -float("inf"), 0.0, tl.maximum(exp(log_a), 1e-37) * (log_a - log_b))
 
 
 @triton.jit
 def score_gradient(log_q, log_p, kl, beta, MODE: tl.constexpr):
     """The divergence's derivative by a student's score. `kl` is KL(q || m), with p for the mixture m where reverse."""
-    q = tl.exp(log_q)
+    q = exp(log_q)
     if MODE == FORWARD:
-        gradient = tl.where(log_q == -float("inf"), 0.0, q - tl.exp(log_p))
+        gradient = tl.where(log_q == -float("inf"), 0.0, q - exp(log_p))
     else:
         log_m, factor = log_p, 1.0
         if MODE == MIXED:

@@ -14,7 +14,7 @@ from simct_kernels.options import LossOptions
 from simct_kernels.torch_backend.divergence import divergence as torch_divergence
 from simct_kernels.triton_backend import tiles
 from simct_kernels.triton_backend.candidates import mode_of
-from simct_kernels.triton_backend.scores import FORWARD, MIXED, kl_terms, log_mixture, score_gradient
+from simct_kernels.triton_backend.scores import FORWARD, MIXED, exp, kl_terms, log_mixture, score_gradient
 
 # Candidates of a unit: a tile of the table is this wide or holds several units. Beyond it the scores of one row no longer
 # fit a program's registers, and the PyTorch function takes over.
@@ -62,7 +62,7 @@ def small_kernel(
 def _log_softmax(x):
     """NaN for a row that holds NaN or +inf, or nothing but -inf: it has no softmax."""
     x -= tl.max(x, 1)[:, None]
-    return x - tl.log(tl.sum(tl.exp(x), 1))[:, None]
+    return x - tl.log(tl.sum(exp(x), 1))[:, None]
 
 
 def divergence(

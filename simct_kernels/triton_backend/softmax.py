@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simct_kernels.triton_backend import tiles
-from simct_kernels.triton_backend.scores import Side, load_logits
+from simct_kernels.triton_backend.scores import Side, exp, load_logits
 
 
 @triton.jit
@@ -27,19 +27,21 @@ def softmax_kernel(
     BLOCK: tl.constexpr,
 ):
     """out[row] = by_logsumexp * softmax of the row, times what the head's scale and soft-cap make of a raw product."""
-    place = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    blocks = tl.cdiv(width, BLOCK)
+    place = (tl.program_id(0) // blocks).to(tl.int64) + tl.arange(0, 1)
     row = place
     if rows is not None:
         row = tl.load(rows + place)
     weight, normaliser = tl.load(by_logsumexp + place), tl.load(logsumexp + place)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     z = load_logits(values, row_stride, column_stride, bias, scale, softcap, row, column, weight != 0, inside)
-    gradient = tl.exp(z - normaliser) * weight
+    gradient = exp(z - normaliser) * weight
     if scale is not None:
         gradient *= scale
     if softcap is not None:
-        gradient *= 1 - (z / softcap) * (z / softcap)
+        part = z * (1 / softcap)
+        gradient *= 1 - part * part
     gradient = tl.where(weight == 0, 0.0, gradient)
     tl.store(out + row * out_row_stride + column, gradient.to(out.dtype.element_ty), mask=inside)
 
@@ -56,7 +58,7 @@ def write_softmax(
     if not count:
         return
     shape = tiles.tile("softmax", out.device)
-    softmax_kernel[count, triton.cdiv(width, shape.block)](
+    softmax_kernel[(count * triton.cdiv(width, shape.block),)](
         out,
         out.stride(0),
         *side.arguments(),

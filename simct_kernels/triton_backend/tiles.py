@@ -33,7 +33,7 @@ class Tile:
 
 _NVIDIA = {
     "logsumexp": Tile(1, 4096, 8),
-    "forward": Tile(2, 1024, 4),
+    "forward": Tile(1, 2048, 4),
     "gradient": Tile(4, 1024, 8),
     "softmax": Tile(1, 2048, 8),
     "pick": Tile(16, 256, 4),
@@ -43,7 +43,7 @@ _NVIDIA = {
 }
 _AMD = {
     "logsumexp": Tile(1, 2048, 4),
-    "forward": Tile(2, 1024, 4),
+    "forward": Tile(1, 2048, 4),
     "gradient": Tile(2, 1024, 4),
     "softmax": Tile(1, 2048, 4),
     "pick": Tile(16, 256, 4),
@@ -51,15 +51,19 @@ _AMD = {
     "weight_gradient": Tile(4, 1024, 4),
     "small": Tile(1, 4096, 4),
 }
-_BLACKWELL = _NVIDIA | {"forward": Tile(4, 512, 4)}
-TILES = {80: _NVIDIA, 90: _NVIDIA, 100: _BLACKWELL, "gfx942": _AMD}
+TILES = {80: _NVIDIA, 90: _NVIDIA, 100: _NVIDIA, "gfx942": _AMD}
 
 
-UNITS = 64  # units of one program of the small kernels, whose data is a number or two a unit
+UNITS = 32  # units of one program of the small kernels, whose data is a number or two a unit and split,
+SPLITS = 16  # and splits that it reads at a time
 # Entries of one program's run of equal ids in an indexed product's weight gradient: longer runs are cut.
 SEGMENT = 128
-# Programs of one launch that reads long rows, for each multiprocessor: rows are split between programs up to that.
-_PROGRAMS = 4
+# Rows are split between programs until there are this many for each multiprocessor, some four times what it holds at once, so
+# that it makes little what the last of them leave idle; and at least so that none takes more tiles than this. Where shared
+# columns lie scattered, fewer: the rows that all programs read at once (two of 0.8 MB each) have to stay in the L2 cache.
+_PROGRAMS = 32
+TILES_EACH = 16
+SCATTERED_TILES = 1
 
 
 def tile(kernel: str, device: torch.device) -> Tile:
@@ -67,12 +71,16 @@ def tile(kernel: str, device: torch.device) -> Tile:
     return TILES[_architecture(device)][kernel]
 
 
-def splits(rows: int, columns: int, shape: Tile, device: torch.device) -> tuple[int, int]:
+def splits(rows: int, columns: int, shape: Tile, device: torch.device, most: int = TILES_EACH) -> tuple[int, int]:
     """Over how many programs each row is split, and how many tiles each of them takes."""
     tiles = triton.cdiv(columns, shape.block)
     wanted = _PROGRAMS * _multiprocessors(device) // triton.cdiv(rows, shape.rows)
-    each = triton.cdiv(tiles, max(1, min(wanted, tiles)))
+    each = min(most, triton.cdiv(tiles, max(1, min(wanted, tiles))))
     return triton.cdiv(tiles, each), each
+
+
+def threads(shape: Tile, device: torch.device) -> int:
+    return shape.warps * (64 if _architecture(device) == "gfx942" else 32)
 
 
 @cache

@@ -9,7 +9,7 @@ import pytest
 
 ARCHS = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}  # shared memory of one program, bytes
 # What reads logits, or rows of a head or of hidden states; what makes logits of them; what reads a few numbers a unit.
-WIDE = {"logsumexp_kernel", "forward_kernel", "gradient_kernel", "softmax_kernel"}
+WIDE = {"logsumexp_kernel", "candidate_kernel", "gradient_kernel", "softmax_kernel"}
 WIDE |= {"pick_kernel", "hidden_gradient_kernel", "weight_gradient_kernel", "join_kernel"}
 DOTS = {}
 NARROW = {"finish_kernel", "mixture_kernel", "small_kernel"}
@@ -23,7 +23,7 @@ def report(request):
     command = [
         sys.executable,
         "-m",
-        "simct_kernels.triton_backend.report",
+        "bench.ahead_of_time",
         "--quick",
         "--json",
         "--arch",

@@ -1,6 +1,6 @@
 """Compiles every kernel ahead of time for GPUs that need not be there, and reports what it takes of them.
 
-    python -m simct_kernels.triton_backend.report [--arch 90 gfx942] [--quick] [--json]
+    python -m bench.ahead_of_time [--arch 90 gfx942] [--quick] [--json]
 
 What is compiled is what the launchers ask for: they run on small CPU tensors, whose sizes are specialised like real
 ones, with each launch recorded in place of being started.
@@ -173,7 +173,7 @@ def _cases(quick: bool) -> Iterator:
         yield lambda score=score: _run_linear(True, torch.bfloat16, score=score)
 
 
-_WIDTH, _SIZE = 96, 80  # vocabularies of real models are multiples of 16 too
+_WIDTH, _SIZE = 256_000, 97_675
 
 
 def _problem(one_vocabulary: bool = False) -> tuple[AlignedUnits, SharedVocabulary]:
