@@ -206,10 +206,12 @@ def _head(full: bool, dtype: torch.dtype = torch.float32) -> LMHead:
 
 def _run_linear(full_head: bool, gradient_dtype: torch.dtype, **options) -> None:
     """The logits are float32 whatever the operands are; on a GPU with 16-bit operands so is the gradient."""
-    like = mock.patch.object(
-        linear._RawRows, "gradient_like", lambda self, values: torch.zeros_like(values, dtype=gradient_dtype)
-    )
-    with like:
+    write = linear.write_gradient
+
+    def like(out: Tensor, *arguments) -> None:
+        write(torch.zeros_like(out, dtype=gradient_dtype), *arguments)
+
+    with mock.patch.object(linear, "write_gradient", like):
         _call_linear(full_head, options)
 
 
