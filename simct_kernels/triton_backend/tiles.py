@@ -34,7 +34,7 @@ class Tile:
 _NVIDIA = {
     "logsumexp": Tile(1, 4096, 8),
     "forward": Tile(1, 2048, 4),
-    "gradient": Tile(4, 1024, 8),
+    "gradient": Tile(1, 2048, 4),
     "softmax": Tile(1, 2048, 8),
     "pick": Tile(16, 256, 4),
     "pick_one": Tile(1, 1024, 4),
