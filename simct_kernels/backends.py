@@ -37,9 +37,9 @@ def choose(name: str, device_type: str) -> str:
     "auto" is Triton on a GPU (ROCm's is called "cuda" too) and PyTorch elsewhere. Raises ValueError for a backend that
     is not there.
     """
-    if name == "auto":
+    if isinstance(name, str) and name == "auto":
         return "triton" if device_type == "cuda" and _imports("triton") else "torch"
-    if name not in BACKENDS or not _imports(name):
+    if not isinstance(name, str) or name not in BACKENDS or not _imports(name):
         installed = ", ".join(repr(other) for other in ("auto", *BACKENDS) if other == "auto" or _imports(other))
         raise ValueError(f"backend {name!r} is not in this installation, which has {installed}")
     return name

@@ -13,38 +13,40 @@ from torch import Tensor
 
 from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
 from simct_kernels.objectives.prefix_tables import PrefixTables
-from simct_kernels.options import LossOptions, is_positive_int
+from simct_kernels.options import LossOptions, check_chunk_rows, check_reduction, check_temperature
+from simct_kernels.values import check_float, check_type, describe, is_dense
 
 
-def check_units(units: AlignedUnits, shared: SharedVocabulary, options: LossOptions) -> None:
-    if not isinstance(units, AlignedUnits):
-        raise ValueError(f"units must be AlignedUnits, got {type(units).__name__}")
-    if not isinstance(shared, SharedVocabulary):
-        raise ValueError(f"shared must be a SharedVocabulary, got {type(shared).__name__}")
+def check_units(units: AlignedUnits, shared: SharedVocabulary) -> None:
+    check_type("units", units, AlignedUnits, "AlignedUnits")
+    check_type("shared", shared, SharedVocabulary, "a SharedVocabulary")
     if shared.student_ids.device != units.student_start.device:
         raise ValueError(f"shared is on {shared.student_ids.device}, but units are on {units.student_start.device}")
     if units.max_left_out >= len(shared):
         raise ValueError(f"units.left_out names shared index {units.max_left_out}, but shared has {len(shared)} pairs")
 
 
-def check_linear_arguments(
+def check_unit_loss(
     student_hidden: Tensor,
     student_head: LMHead,
     teacher_hidden: Tensor,
     teacher_head: LMHead,
     units: AlignedUnits,
     temperature: float,
+    reduction: str,
     chunk_rows: int | str,
-) -> None:
-    """What a loss without a shared vocabulary reads."""
-    if not isinstance(units, AlignedUnits):
-        raise ValueError(f"units must be AlignedUnits, got {type(units).__name__}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a positive number, got {temperature}")
+    return_unit_losses: bool,
+) -> tuple[LMHead, LMHead]:
+    """What a loss without a shared vocabulary reads. Returns both heads, gathered if they are sharded: see `whole_head`."""
+    check_reduction(reduction, return_unit_losses)
+    check_temperature(temperature)
     check_chunk_rows(chunk_rows)
-    for side, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
+    check_type("units", units, AlignedUnits, "AlignedUnits")
+    heads = whole_head("student_head", student_head), whole_head("teacher_head", teacher_head)
+    for side, hidden, head in zip(("student", "teacher"), (student_hidden, teacher_hidden), heads, strict=True):
         check_hidden(f"{side}_hidden", hidden, f"{side}_head", head, units)
         check_rows(f"{side}_hidden", hidden, side, units)
+    return heads
 
 
 def check_tokens(name: str, head: LMHead, side: str, units: AlignedUnits) -> None:
@@ -56,8 +58,7 @@ def check_tokens(name: str, head: LMHead, side: str, units: AlignedUnits) -> Non
 
 def check_tables(tables: PrefixTables, student_head: LMHead, teacher_head: LMHead, units: AlignedUnits) -> None:
     """Refuses tables of other vocabularies than the heads'."""
-    if not isinstance(tables, PrefixTables):
-        raise ValueError(f"tables must be PrefixTables, got {type(tables).__name__}: see PrefixTables.build")
+    check_type("tables", tables, PrefixTables, "PrefixTables", ": see PrefixTables.build")
     if tables.home.device != units.student_start.device:
         raise ValueError(f"tables is on {tables.home.device}, but units are on {units.student_start.device}")
     for side, head in (("student", student_head), ("teacher", teacher_head)):
@@ -77,8 +78,7 @@ def check_left_out(units: AlignedUnits, shared: SharedVocabulary, options: LossO
 
 def check_hidden(name: str, hidden: Tensor, head_name: str, head: LMHead, units: AlignedUnits | None = None) -> None:
     """Refuses hidden states that are not [N, H] floating point beside the head, on the device of `units`."""
-    if not isinstance(head, LMHead):
-        raise ValueError(f"{head_name} must be an LMHead, got {type(head).__name__}: see LMHead.from_model")
+    check_type(head_name, head, LMHead, "an LMHead", ": see LMHead.from_model")
     check_matrix(name, hidden, units)
     if hidden.device != head.weight.device:
         raise ValueError(f"{name} is on {hidden.device}, but {head_name}.weight is on {head.weight.device}")
@@ -95,7 +95,8 @@ def whole_head(name: str, head: LMHead) -> LMHead:
     How the gradient of a gathered weight is to be summed over the ranks depends on what the ranks are to each other,
     which only the caller knows.
     """
-    tensors = {"weight": getattr(head, "weight", None), "bias": getattr(head, "bias", None)}
+    check_type(name, head, LMHead, "an LMHead", ": see LMHead.from_model")
+    tensors = {"weight": head.weight, "bias": head.bias}
     sharded = {part: tensor for part, tensor in tensors.items() if hasattr(tensor, "full_tensor")}
     if not sharded:
         return head
@@ -109,11 +110,10 @@ def whole_head(name: str, head: LMHead) -> LMHead:
     return dataclasses.replace(head, **{part: tensor.full_tensor() for part, tensor in sharded.items()})
 
 
-def check_served(ids: Tensor, logprobs: Tensor, units: AlignedUnits, token_logprobs: Tensor | None = None) -> None:
-    """Refuses what is not [N_t, k] ids and log-probabilities, and [N_t] log-probabilities of the teacher's tokens."""
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[1] == 0:
-        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"teacher_topk_ids must be int64 [N_t, k] with k >= 1, got {got}")
+def check_served(ids: Tensor, logprobs: Tensor, units: AlignedUnits) -> None:
+    """Refuses what is not [N_t, k] ids and log-probabilities."""
+    if not is_dense(ids) or ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[1] == 0:
+        raise ValueError(f"teacher_topk_ids must be int64 [N_t, k] with k >= 1, got {describe(ids)}")
     if ids.device != units.student_start.device:
         raise ValueError(f"teacher_topk_ids is on {ids.device}, but units are on {units.student_start.device}")
     check_rows("teacher_topk_ids", ids, "teacher", units)
@@ -122,23 +122,23 @@ def check_served(ids: Tensor, logprobs: Tensor, units: AlignedUnits, token_logpr
         raise ValueError(
             f"teacher_topk_logprobs must be {list(ids.shape)} as teacher_topk_ids, got {list(logprobs.shape)}"
         )
-    if token_logprobs is not None:
-        name = "teacher_token_logprobs"
-        if not isinstance(token_logprobs, Tensor) or token_logprobs.dim() != 1:
-            got = list(token_logprobs.shape) if isinstance(token_logprobs, Tensor) else type(token_logprobs).__name__
-            raise ValueError(f"{name} must be [N_t] = [{len(ids)}], got {got}")
-        check_matrix(name, token_logprobs[:, None], units)
-        check_rows(name, token_logprobs, "teacher", units)
+
+
+def check_token_logprobs(logprobs: Tensor, units: AlignedUnits) -> None:
+    """Refuses what is not the [N_t] log-probabilities of the teacher's tokens."""
+    name = "teacher_token_logprobs"
+    if not is_dense(logprobs) or logprobs.dim() != 1:
+        raise ValueError(f"{name} must be [N_t] = [{len(units.teacher_tokens)}], got {describe(logprobs)}")
+    check_matrix(name, logprobs[:, None], units)
+    check_rows(name, logprobs, "teacher", units)
 
 
 def check_matrix(name: str, matrix: Tensor, units: AlignedUnits | None) -> None:
-    if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.dim() != 2:
-        got = f"{matrix.dtype} {list(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
-        raise ValueError(f"{name} must be a floating point tensor of two dimensions, got {got}")
+    if not is_dense(matrix) or not matrix.is_floating_point() or matrix.dim() != 2:
+        raise ValueError(f"{name} must be a floating point tensor of two dimensions, got {describe(matrix)}")
     if hasattr(matrix, "full_tensor"):
         raise ValueError(f"{name} is a DTensor: pass this rank's rows, {name}.to_local(), or {name}.full_tensor()")
-    if matrix.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise ValueError(f"{name} must be bfloat16, float16, float32 or float64, got {matrix.dtype}")
+    check_float(name, matrix)
     if units is not None and matrix.device != units.student_start.device:
         raise ValueError(f"{name} is on {matrix.device}, but units are on {units.student_start.device}")
 
@@ -158,8 +158,3 @@ def check_ids(name: str, vocabulary: int, side: str, units: AlignedUnits, shared
     ):
         if largest >= vocabulary:
             raise ValueError(f"{owner} holds id {largest}, outside the {vocabulary} ids of {name}")
-
-
-def check_chunk_rows(chunk_rows: int | str) -> None:
-    if chunk_rows != "auto" and not is_positive_int(chunk_rows):
-        raise ValueError(f'chunk_rows must be "auto" or a positive int, got {chunk_rows!r}')

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from simct_kernels import backends, ops
 from simct_kernels.checks import (
-    check_chunk_rows,
     check_hidden,
     check_ids,
     check_left_out,
     check_matrix,
     check_rows,
     check_served,
+    check_token_logprobs,
     check_units,
     whole_head,
 )
 from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
-from simct_kernels.options import REDUCTIONS, LossOptions, check_choice
+from simct_kernels.options import LossOptions, check_chunk_rows, check_reduction
 from simct_kernels.torch_backend.topk import shared_candidates
 
 
@@ -46,8 +46,8 @@ def simct_loss(
     (bf16, fp16, fp32 or fp64, each side its own).
     """
     options = LossOptions(beta, temperature, score, candidates, top_k, teacher_mass_floor)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_units(units, shared, options)
+    check_reduction(reduction, return_unit_losses)
+    check_units(units, shared)
     for side, logits in (("student", student_logits), ("teacher", teacher_logits)):
         check_matrix(f"{side}_logits", logits, units)
         check_rows(f"{side}_logits", logits, side, units)
@@ -108,9 +108,9 @@ def linear_simct_loss(
             range, a backend that is not installed.
     """
     options = LossOptions(beta, temperature, score, candidates, top_k, teacher_mass_floor)
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction, return_unit_losses)
     check_chunk_rows(chunk_rows)
-    check_units(units, shared, options)
+    check_units(units, shared)
     student_head, teacher_head = whole_head("student_head", student_head), whole_head("teacher_head", teacher_head)
     sides = (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head))
     for side, hidden, head in sides:
@@ -153,8 +153,9 @@ def topk_simct_loss(
     `linear_simct_loss`, which see for what is not said here.
 
     Args:
-        teacher_topk_ids: row i's k most probable tokens, in any order; a repeated id counts once. Entries with id -1,
-            or with log-probability -inf, are padding. Ids that are not shared are passed over.
+        teacher_topk_ids: row i's k most probable tokens, in any order. Entries with id -1, or with log-probability -inf,
+            are padding. Ids that are not shared are passed over. A repeated id counts once, with the largest of its
+            log-probabilities; one NaN among them makes it NaN, and the unit's loss with it.
         teacher_topk_logprobs: their log-probabilities over the teacher's whole vocabulary at temperature 1, in bf16,
             fp16, fp32 or fp64; the computation is in float64 only if student_hidden or the head is.
         teacher_token_logprobs: the log-probability of `units.teacher_tokens[i]` at row i. Only rows of units with a
@@ -172,14 +173,15 @@ def topk_simct_loss(
             'score must be "mean_logprob" or "sum_logprob", got "mean_logit": a served teacher gives log-probabilities, '
             "not logits"
         )
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction, return_unit_losses)
     check_chunk_rows(chunk_rows)
-    check_units(units, shared, options)
+    check_units(units, shared)
     student_head = whole_head("student_head", student_head)
     check_hidden("student_hidden", student_hidden, "student_head", student_head, units)
     check_rows("student_hidden", student_hidden, "student", units)
     check_ids("student_head", student_head.weight.shape[0], "student", units, shared)
-    check_served(teacher_topk_ids, teacher_topk_logprobs, units, teacher_token_logprobs)
+    check_served(teacher_topk_ids, teacher_topk_logprobs, units)
+    check_token_logprobs(teacher_token_logprobs, units)
     served = (teacher_topk_ids, teacher_topk_logprobs, teacher_token_logprobs)
     loss, unit_losses = _call(
         "topk_simct_loss",
@@ -203,11 +205,13 @@ def topk_candidate_counts(
     """int64 [G]: how many candidates each unit has in `topk_simct_loss`, the continuation included, before its `top_k`.
 
     A unit with 0 has none of the teacher's k best to learn from; with 1 its softmaxes are certain on both sides. In
-    both cases its loss is 0: `(counts < 2).sum()` are the units that teach nothing. Errors are as in `topk_simct_loss`.
+    both cases its loss is 0: `(counts < 2).sum()` are the units that teach nothing. A token of log-probability NaN counts.
+    Errors are as in `topk_simct_loss`.
     """
     options = LossOptions(candidates=candidates)
-    check_units(units, shared, options)
+    check_units(units, shared)
     check_served(teacher_topk_ids, teacher_topk_logprobs, units)
+    check_left_out(units, shared, options)
     found = shared_candidates(teacher_topk_ids, teacher_topk_logprobs, units, shared, options).found
     return found.sum(dim=1) + units.has_continuation(shared)
 

@@ -17,6 +17,17 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from simct_kernels.host import to_device
+from simct_kernels.values import (
+    check_device,
+    check_float,
+    check_least,
+    check_type,
+    check_vector,
+    describe,
+    is_dense,
+    is_number,
+    refuse_any,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,17 +42,17 @@ class SharedVocabulary:
     teacher_ids: Tensor  # int64 [K], no duplicates
 
     def __post_init__(self) -> None:
-        _check_vector("student_ids", self.student_ids)
-        _check_vector("teacher_ids", self.teacher_ids, like=("student_ids", self.student_ids))
+        check_vector("student_ids", self.student_ids)
+        check_vector("teacher_ids", self.teacher_ids, like=("student_ids", self.student_ids))
         if len(self) == 0:
             raise ValueError("student_ids is empty: the two vocabularies must share at least one token")
-        _check_least("student_ids", self.student_ids, 0)
-        _check_least("teacher_ids", self.teacher_ids, 0)
-        _refuse_any(
+        check_least("student_ids", self.student_ids, 0)
+        check_least("teacher_ids", self.teacher_ids, 0)
+        refuse_any(
             "student_ids", self.student_ids[1:], self.student_ids.diff() <= 0, "must be ascending without duplicates"
         )
         ascending, order = self.teacher_ids.sort()
-        _refuse_any("teacher_ids", ascending[1:], ascending.diff() == 0, "must not repeat an id")
+        refuse_any("teacher_ids", ascending[1:], ascending.diff() == 0, "must not repeat an id")
         # Where a teacher's id stands among the pairs is looked up in these: pair order[i] has id ascending[i].
         object.__setattr__(self, "ascending_teacher_ids", ascending)
         object.__setattr__(self, "teacher_order", order)
@@ -53,7 +64,7 @@ class SharedVocabulary:
         return self.student_ids.shape[0]
 
     def to(self, device: torch.device | str) -> SharedVocabulary:
-        return _moved(self, device)
+        return moved(self, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,26 +88,29 @@ class AlignedUnits:
     left_out: Tensor | None = None  # int64 [E, 2]
 
     def __post_init__(self) -> None:
-        _check_vector("student_start", self.student_start)
+        check_vector("student_start", self.student_start)
         for name in ("student_length", "teacher_start", "teacher_length"):
-            _check_vector(name, getattr(self, name), like=("student_start", self.student_start))
+            check_vector(name, getattr(self, name), like=("student_start", self.student_start))
         for side in ("student", "teacher"):
             start, length, tokens = (getattr(self, f"{side}_{part}") for part in ("start", "length", "tokens"))
-            _check_vector(f"{side}_tokens", tokens, device_of=("student_start", self.student_start))
-            _check_least(f"{side}_tokens", tokens, 0)
-            _check_least(f"{side}_length", length, 1)
-            _check_least(f"{side}_start", start, 0)
-            _refuse_any(
-                f"{side}_start + {side}_length",
-                start + length,
-                start + length > len(tokens),
-                f"must not pass the {len(tokens)} rows of {side}_tokens",
-            )
+            check_vector(f"{side}_tokens", tokens, device_of=("student_start", self.student_start))
+            check_least(f"{side}_tokens", tokens, 0)
+            check_least(f"{side}_length", length, 1)
+            check_least(f"{side}_start", start, 0)
+            beyond = (
+                start > len(tokens) - length
+            )  # start + length might pass the largest integer and come back negative
+            if beyond.any():
+                unit = int(beyond.nonzero()[0])
+                raise ValueError(
+                    f"{side}_start + {side}_length must not pass the {len(tokens)} rows of {side}_tokens, "
+                    f"got {int(start[unit])} + {int(length[unit])}"
+                )
             overlap = start[1:] < (start + length)[:-1]
             if overlap.any():  # units may come in any order, but mostly come in that of the text
                 start, order = start.sort()
                 overlap = start[1:] < (start + length[order])[:-1]
-            _refuse_any(f"{side}_start", start[1:], overlap, "starts inside another unit: units must not overlap")
+            refuse_any(f"{side}_start", start[1:], overlap, "starts inside another unit: units must not overlap")
             object.__setattr__(self, f"max_{side}_token", int(tokens.max()) if len(tokens) else -1)
         object.__setattr__(self, "max_left_out", self._check_left_out())
 
@@ -104,18 +118,16 @@ class AlignedUnits:
         """Returns the largest shared index left out, -1 if there is none."""
         if self.left_out is None:
             return -1
-        if self.left_out.dtype != torch.int64 or self.left_out.dim() != 2 or self.left_out.shape[1] != 2:
-            raise ValueError(f"left_out must be int64 [E, 2], got {self.left_out.dtype} {_shape(self.left_out)}")
-        if self.left_out.device != self.student_start.device:
-            raise ValueError(
-                f"left_out is on {self.left_out.device}, but student_start is on {self.student_start.device}"
-            )
+        dense = is_dense(self.left_out) and self.left_out.dtype == torch.int64
+        if not dense or self.left_out.dim() != 2 or self.left_out.shape[1] != 2:
+            raise ValueError(f"left_out must be int64 [E, 2], got {describe(self.left_out)}")
+        check_device("left_out", self.left_out, "student_start", self.student_start)
         if len(self.left_out) == 0:
             return -1
-        _check_least("left_out", self.left_out, 0)
+        check_least("left_out", self.left_out, 0)
         unit = self.left_out[:, 0]
-        _refuse_any("left_out", unit, unit >= len(self), f"must name one of the {len(self)} units in its first column")
-        _refuse_any("left_out", unit[1:], unit.diff() < 0, "must be sorted by unit")
+        refuse_any("left_out", unit, unit >= len(self), f"must name one of the {len(self)} units in its first column")
+        refuse_any("left_out", unit[1:], unit.diff() < 0, "must be sorted by unit")
         return int(self.left_out[:, 1].max())
 
     def __len__(self) -> int:
@@ -133,6 +145,7 @@ class AlignedUnits:
 
     def has_continuation(self, shared: SharedVocabulary) -> Tensor:
         """bool [G]: the unit is not single, or the pair of tokens that realises it is not a shared pair."""
+        check_type("shared", shared, SharedVocabulary, "a SharedVocabulary")
         student_token = self.student_tokens[self.student_start]
         teacher_token = self.teacher_tokens[self.teacher_start]
         index = torch.searchsorted(shared.student_ids, student_token).clamp(max=len(shared) - 1)
@@ -145,10 +158,19 @@ class AlignedUnits:
 
     def select(
         self,
-        index: Tensor,  # bool [G], or int64 [any] without repeats
+        index: Tensor,  # bool [G], or int64 [any] from 0 to G - 1, without repeats
     ) -> AlignedUnits:
-        """The chosen units, in the order of `index`, over the same rows."""
-        index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index
+        """The chosen units, in the order of `index`, over the same rows. Raises ValueError for any other index."""
+        if not is_dense(index) or index.dtype not in (torch.bool, torch.int64) or index.dim() != 1:
+            raise ValueError(f"index must be bool [{len(self)}] or int64 [any], got {describe(index)}")
+        check_device("index", index, "the units", self.student_start)
+        if index.dtype == torch.bool:
+            if len(index) != len(self):
+                raise ValueError(f"index must have a bool for each of the {len(self)} units, got {len(index)}")
+            index = index.nonzero().squeeze(1)
+        refuse_any("index", index, (index < 0) | (index >= len(self)), f"must name units 0 to {len(self) - 1}")
+        ascending = index.sort().values
+        refuse_any("index", ascending[1:], ascending.diff() == 0, "must not repeat a unit")
         left_out = self.left_out
         if left_out is not None:
             place = index.new_full((len(self),), -1)
@@ -165,8 +187,13 @@ class AlignedUnits:
 
         Either all of the parts carry `left_out` or none: ValueError otherwise, as for an empty sequence.
         """
+        if not isinstance(parts, (list, tuple)):
+            raise ValueError(f"parts must be a list of AlignedUnits, got {describe(parts)}")
         if not parts:
             raise ValueError("parts is empty: concatenate needs at least one AlignedUnits")
+        for number, part in enumerate(parts):
+            check_type(f"parts[{number}]", part, AlignedUnits, "AlignedUnits")
+            check_device(f"parts[{number}]", part.student_start, "parts[0]", parts[0].student_start)
         without = [number for number, part in enumerate(parts) if part.left_out is None]
         if 0 < len(without) < len(parts):
             raise ValueError(f"parts[{without[0]}].left_out is None, but other parts have one: all or none must")
@@ -185,7 +212,7 @@ class AlignedUnits:
         return cls(**{name: torch.cat(tensors) for name, tensors in fields.items() if tensors})
 
     def to(self, device: torch.device | str) -> AlignedUnits:
-        return _moved(self, device)
+        return moved(self, device)
 
     def _is_single(self) -> Tensor:
         return (self.student_length == 1) & (self.teacher_length == 1)
@@ -204,23 +231,22 @@ class LMHead:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.weight.dim() != 2 or not self.weight.is_floating_point():
-            raise ValueError(
-                f"weight must be floating point [V, H], got {self.weight.dtype} {_shape(self.weight)}: "
-                "a quantised head must be dequantised first"
-            )
+        quantised = ": a quantised head must be dequantised first"
+        if not is_dense(self.weight) or self.weight.dim() != 2 or not self.weight.is_floating_point():
+            raise ValueError(f"weight must be floating point [V, H], got {describe(self.weight)}{quantised}")
+        check_float("weight", self.weight, quantised)
         if self.bias is not None:
-            if self.bias.shape != self.weight.shape[:1] or not self.bias.is_floating_point():
+            rows = self.weight.shape[0]
+            if not is_dense(self.bias) or self.bias.shape != (rows,) or not self.bias.is_floating_point():
                 raise ValueError(
-                    f"bias must be floating point [{self.weight.shape[0]}] as weight has {self.weight.shape[0]} rows, "
-                    f"got {self.bias.dtype} {_shape(self.bias)}"
+                    f"bias must be floating point [{rows}] as weight has {rows} rows, got {describe(self.bias)}"
                 )
-            if self.bias.device != self.weight.device:
-                raise ValueError(f"bias is on {self.bias.device}, but weight is on {self.weight.device}")
-        if self.softcap is not None and not 0 < self.softcap < float("inf"):
-            raise ValueError(f"softcap must be a positive number or None, got {self.softcap}")
-        if self.scale == 0 or not abs(self.scale) < float("inf"):
-            raise ValueError(f"scale must be a finite number other than 0, got {self.scale}")
+            check_float("bias", self.bias)
+            check_device("bias", self.bias, "weight", self.weight)
+        if self.softcap is not None and not (is_number(self.softcap) and 0 < self.softcap < float("inf")):
+            raise ValueError(f"softcap must be a positive number or None, got {self.softcap!r}")
+        if not is_number(self.scale) or self.scale == 0 or not abs(self.scale) < float("inf"):
+            raise ValueError(f"scale must be a finite number other than 0, got {self.scale!r}")
 
     @classmethod
     def from_model(cls, model: Any) -> LMHead:
@@ -233,8 +259,10 @@ class LMHead:
         Raises ValueError for a model without an output head, or whose head has parameters besides weight and bias
         (Dory's scale per token, an unmerged LoRA on the head).
         """
+        if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
+            raise ValueError(f"model must be a Hugging Face causal language model, got {type(model).__name__}")
         module = model.get_output_embeddings()
-        if module is None or getattr(module, "weight", None) is None:
+        if getattr(module, "weight", None) is None:
             raise ValueError(f"model {type(model).__name__} has no language modelling head (get_output_embeddings())")
         saved = getattr(module, "modules_to_save", None)
         if saved:  # PEFT trains a copy of the head: the adapter in use says which
@@ -270,6 +298,8 @@ class LMHead:
         hidden: Tensor,  # [N, H]
     ) -> Tensor:
         """The whole [N, V] logits, in the dtype of the operands: for small cases and for the oracle."""
+        if not is_dense(hidden) or hidden.dim() != 2 or hidden.shape[1] != self.weight.shape[1]:
+            raise ValueError(f"hidden must be [N, {self.weight.shape[1]}] as weight, got {describe(hidden)}")
         z = hidden @ self.weight.T
         if self.bias is not None:
             z = z + self.bias
@@ -301,49 +331,18 @@ class LMHead:
 _ROW_CACHE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _moved(checked, device: torch.device | str):
+def moved(checked, device: torch.device | str):
     """A copy with its tensors on `device`, not checked again: that would wait for the device."""
-    moved = copy.copy(checked)
+    try:
+        device = torch.device(device)
+    except (TypeError, RuntimeError) as error:  # a dtype, say, which Tensor.to would take
+        raise ValueError(f"device must be a torch.device or its name, got {device!r}") from error
+    copied = copy.copy(checked)
     for name, value in vars(checked).items():
         if isinstance(value, Tensor):
-            object.__setattr__(moved, name, to_device(value, device))
-    return moved
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
+            object.__setattr__(copied, name, to_device(value, device))
+    return copied
 
 
 def _covered(length: Tensor, tokens: Tensor) -> float:
     return int(length.sum()) / len(tokens) if len(tokens) else 1.0
-
-
-def _check_vector(
-    name: str,
-    tensor: Tensor,
-    *,
-    like: tuple[str, Tensor] | None = None,
-    device_of: tuple[str, Tensor] | None = None,
-) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype != torch.int64:
-        raise ValueError(f"{name} must be int64, got {tensor.dtype}")
-    if tensor.dim() != 1:
-        raise ValueError(f"{name} must have one dimension, got shape {_shape(tensor)}")
-    if like is not None and tensor.shape != like[1].shape:
-        raise ValueError(f"{name} must be as long as {like[0]} ({len(like[1])}), got {len(tensor)}")
-    other = like or device_of
-    if other is not None and tensor.device != other[1].device:
-        raise ValueError(f"{name} is on {tensor.device}, but {other[0]} is on {other[1].device}")
-
-
-def _check_least(name: str, tensor: Tensor, least: int) -> None:
-    _refuse_any(name, tensor, tensor < least, f"must be at least {least}")
-
-
-def _refuse_any(name: str, values: Tensor, bad: Tensor, expected: str) -> None:
-    """Raises ValueError with the first value where `bad` is true."""
-    if bad.any():
-        where = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"{name} {expected}, got {values[where].item()}")

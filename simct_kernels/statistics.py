@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from simct_kernels import torch_backend
-from simct_kernels.checks import check_chunk_rows, check_hidden, check_ids, check_rows, check_units
+from simct_kernels.checks import check_hidden, check_ids, check_left_out, check_rows, check_units
 from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
-from simct_kernels.options import LossOptions, check_choice
+from simct_kernels.options import LossOptions, check_chunk_rows
 from simct_kernels.torch_backend.plan import auto_rows
 from simct_kernels.torch_backend.rows import LinearRows
+from simct_kernels.values import check_choice, describe, is_dense
 
 
 class TokenStatistics(NamedTuple):
@@ -38,10 +39,12 @@ def token_statistics(
     """
     check_hidden("hidden", hidden, "head", head)
     check_chunk_rows(chunk_rows)
-    if tokens.dtype != torch.int64 or tokens.shape != hidden.shape[:1] or tokens.device != hidden.device:
+    is_int64 = is_dense(tokens) and tokens.dtype == torch.int64
+    if not is_int64 or tokens.shape != hidden.shape[:1] or tokens.device != hidden.device:
+        where = f" on {tokens.device}" if isinstance(tokens, Tensor) else ""
         raise ValueError(
             f"tokens must be int64 [{hidden.shape[0]}] on {hidden.device}, one for each row of hidden, "
-            f"got {tokens.dtype} {list(tokens.shape)} on {tokens.device}"
+            f"got {describe(tokens)}{where}"
         )
     source = LinearRows(hidden, head, tokens.new_empty(0), torch_backend.compute_dtype(hidden, head.weight))
     step = auto_rows(head.weight.shape[0], hidden.device) if chunk_rows == "auto" else chunk_rows
@@ -80,8 +83,9 @@ def candidate_mass(
     options = LossOptions(score=score, candidates=candidates)
     check_choice("side", side, ("teacher", "student"))
     check_chunk_rows(chunk_rows)
-    check_units(units, shared, options)
+    check_units(units, shared)
     check_hidden("hidden", hidden, "head", head, units)
     check_rows("hidden", hidden, side, units)
     check_ids("head", head.weight.shape[0], side, units, shared)
+    check_left_out(units, shared, options)
     return torch_backend.candidate_mass(hidden, head, units, shared, options, side=side, chunk_rows=chunk_rows).float()

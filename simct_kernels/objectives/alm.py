@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simct_kernels.checks import check_linear_arguments, check_tokens, whole_head
+from simct_kernels.checks import check_tokens, check_unit_loss
 from simct_kernels.inputs import AlignedUnits, LMHead
 from simct_kernels.objectives.row_function import over_rows
 from simct_kernels.objectives.uld import reduce_units
-from simct_kernels.options import REDUCTIONS, check_choice
 from simct_kernels.torch_backend.job import compute_dtype
 from simct_kernels.torch_backend.plan import auto_rows
 from simct_kernels.torch_backend.rows import add_repeated
+from simct_kernels.values import check_choice
 
 DIVERGENCES = ("kl", "reverse_kl")
 
@@ -57,11 +57,10 @@ def alm_loss(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, tokens outside a head's vocabulary, an option out of its range.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
     check_choice("divergence", divergence, DIVERGENCES)
-    student_head, teacher_head = whole_head("student_head", student_head), whole_head("teacher_head", teacher_head)
     sides = (student_hidden, student_head, teacher_hidden, teacher_head)
-    check_linear_arguments(*sides, units, temperature, chunk_rows)
+    options = (temperature, reduction, chunk_rows, return_unit_losses)
+    student_head, teacher_head = check_unit_loss(*sides, units, *options)
     check_tokens("student_head", student_head, "student", units)
     check_tokens("teacher_head", teacher_head, "teacher", units)
     dtype = compute_dtype(student_hidden, student_head.weight, teacher_hidden, teacher_head.weight)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from simct_kernels.checks import check_linear_arguments, check_tables, check_tokens, whole_head
+from simct_kernels.checks import check_tables, check_tokens, check_unit_loss
 from simct_kernels.inputs import AlignedUnits, LMHead
 from simct_kernels.objectives.alm import SumByUnit
 from simct_kernels.objectives.prefix_rows import ProjectedTeacher, Projection
@@ -15,7 +15,6 @@ from simct_kernels.objectives.prefix_tables import PrefixTables
 from simct_kernels.objectives.row_function import over_rows
 from simct_kernels.objectives.segments import expand
 from simct_kernels.objectives.uld import reduce_units
-from simct_kernels.options import REDUCTIONS, check_choice
 from simct_kernels.torch_backend.job import compute_dtype
 from simct_kernels.torch_backend.plan import auto_rows
 from simct_kernels.torch_backend.rows import LinearRows
@@ -74,10 +73,9 @@ def bpm_loss(
         ValueError: shapes, dtypes or devices that do not fit, tables of other vocabularies, tokens outside a head's vocabulary, a
             unit of several student tokens that spells other bytes than its teacher tokens, an option out of its range.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
-    student_head, teacher_head = whole_head("student_head", student_head), whole_head("teacher_head", teacher_head)
     sides = (student_hidden, student_head, teacher_hidden, teacher_head)
-    check_linear_arguments(*sides, units, temperature, chunk_rows)
+    options = (temperature, reduction, chunk_rows, return_unit_losses)
+    student_head, teacher_head = check_unit_loss(*sides, units, *options)
     check_tables(tables, student_head, teacher_head, units)
     check_tokens("student_head", student_head, "student", units)
     check_tokens("teacher_head", teacher_head, "teacher", units)

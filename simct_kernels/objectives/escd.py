@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from simct_kernels.checks import check_linear_arguments, check_tables, check_tokens, whole_head
+from simct_kernels.checks import check_tables, check_tokens, check_unit_loss
 from simct_kernels.inputs import AlignedUnits, LMHead
 from simct_kernels.objectives.alm import SumByUnit
 from simct_kernels.objectives.bpm import auto_prefix_rows
@@ -17,9 +18,9 @@ from simct_kernels.objectives.prefix_tables import PrefixTables
 from simct_kernels.objectives.row_function import over_rows
 from simct_kernels.objectives.segments import expand, segment_logsumexp, segment_sum
 from simct_kernels.objectives.uld import reduce_units
-from simct_kernels.options import REDUCTIONS, check_choice
 from simct_kernels.torch_backend.job import compute_dtype
 from simct_kernels.torch_backend.rows import LinearRows
+from simct_kernels.values import describe, is_dense
 
 
 @torch.compiler.disable
@@ -73,10 +74,9 @@ def escd_loss(
         ValueError: shapes, dtypes or devices that do not fit, tables of other vocabularies, tokens outside a head's vocabulary,
             lengths that do not add up to the student's rows, an option out of its range.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
-    student_head, teacher_head = whole_head("student_head", student_head), whole_head("teacher_head", teacher_head)
     sides = (student_hidden, student_head, teacher_hidden, teacher_head)
-    check_linear_arguments(*sides, units, temperature, chunk_rows)
+    options = (temperature, reduction, chunk_rows, return_unit_losses)
+    student_head, teacher_head = check_unit_loss(*sides, units, *options)
     check_tables(tables, student_head, teacher_head, units)
     check_tokens("student_head", student_head, "student", units)
     last_rows = _last_rows(response_lengths, units)
@@ -99,16 +99,22 @@ def escd_loss(
 
 
 def _last_rows(response_lengths: Sequence[int], units: AlignedUnits) -> Tensor:
-    lengths = torch.as_tensor(response_lengths).flatten()
-    if len(lengths) and (lengths.is_floating_point() or lengths.dtype == torch.bool or bool((lengths < 0).any())):
-        raise ValueError(f"response_lengths must be whole numbers of at least 0, got {lengths.tolist()}")
+    """int64 [responses]. A list is summed without the device; a tensor on it is read once."""
+    given = response_lengths
+    if is_dense(given) and given.dim() == 1:
+        given = given.tolist()
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+        raise ValueError(f"response_lengths must be the lengths of all responses, got {describe(given)}")
+    lengths = list(given)
+    if any(isinstance(length, bool) or not isinstance(length, Integral) or length < 0 for length in lengths):
+        raise ValueError(f"response_lengths must be whole numbers of at least 0, got {lengths}")
     rows = len(units.student_tokens)
-    if int(lengths.sum()) != rows:
+    if sum(lengths) != rows:
         raise ValueError(
-            f"response_lengths add up to {int(lengths.sum())}, but units.student_tokens has {rows}: "
+            f"response_lengths add up to {sum(lengths)}, but units.student_tokens has {rows}: "
             "expected the student rows of each response"
         )
-    return lengths.to(units.student_start.device, torch.int64).cumsum(0) - 1
+    return torch.tensor(lengths, dtype=torch.int64, device=units.student_start.device).cumsum(0) - 1
 
 
 class _EventSets:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simct_kernels.inputs import _moved
+from simct_kernels.inputs import moved
 
 NO_BYTE = 256  # stands in a text for a token without bytes, which is as long as one byte
 
@@ -118,7 +118,7 @@ class PrefixTables:
         return self.home.shape[0]
 
     def to(self, device: torch.device | str) -> PrefixTables:
-        return _moved(self, device)
+        return moved(self, device)
 
 
 def _without(ids: Sequence[int], left_out: Container[int]) -> list[int]:

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simct_kernels.checks import check_linear_arguments, whole_head
+from simct_kernels.checks import check_unit_loss
 from simct_kernels.inputs import AlignedUnits, LMHead
 from simct_kernels.objectives.row_function import over_rows
-from simct_kernels.options import REDUCTIONS, check_choice
 from simct_kernels.torch_backend.job import compute_dtype
 from simct_kernels.torch_backend.plan import auto_rows
 from simct_kernels.torch_backend.rows import LinearRows
@@ -53,10 +52,9 @@ def uld_loss(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an option out of its range.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
-    student_head, teacher_head = whole_head("student_head", student_head), whole_head("teacher_head", teacher_head)
     sides = (student_hidden, student_head, teacher_hidden, teacher_head)
-    check_linear_arguments(*sides, units, temperature, chunk_rows)
+    options = (temperature, reduction, chunk_rows, return_unit_losses)
+    student_head, teacher_head = check_unit_loss(*sides, units, *options)
     dtype = compute_dtype(student_hidden, student_head.weight, teacher_hidden, teacher_head.weight)
     if not isinstance(chunk_rows, int):
         # Logits, probabilities, their sorted copy and its int64 order stand side by side.

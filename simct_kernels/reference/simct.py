@@ -90,11 +90,11 @@ def topk_simct_loss(
         student_rows = slice(units.student_start[g], units.student_start[g] + units.student_length[g])
         teacher_rows = slice(units.teacher_start[g], units.teacher_start[g] + units.teacher_length[g])
         tokens, served = teacher_topk_ids[teacher_rows][0], teacher_topk_logprobs[teacher_rows][0]
-        teacher_score = {
-            index_of[token]: logprob
-            for token, logprob in zip(tokens.tolist(), served.tolist(), strict=True)
-            if token in index_of and logprob != -math.inf
-        }
+        teacher_score: dict[int, float] = {}
+        for token, logprob in zip(tokens.tolist(), served.tolist(), strict=True):
+            if token in index_of and logprob != -math.inf:
+                before = teacher_score.get(index_of[token], -math.inf)
+                teacher_score[index_of[token]] = logprob if logprob > before or math.isnan(logprob) else before
         if has_continuation[g] and options.candidates == "disjoint":
             for index in units.left_out[units.left_out[:, 0] == g, 1].tolist():
                 teacher_score.pop(index, None)

@@ -18,7 +18,7 @@ from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
 from simct_kernels.options import LossOptions
 from simct_kernels.torch_backend.blocks import BlockedRows
 from simct_kernels.torch_backend.divergence import divergence
-from simct_kernels.torch_backend.plan import Chunk, Part, plan_chunks, row_blocks, unit_blocks
+from simct_kernels.torch_backend.plan import Chunk, Part, plan_chunks, row_blocks, unit_blocks, without_dropped
 from simct_kernels.torch_backend.rows import LinearRows, LogitRows, Pending, Rows, add_repeated
 
 # A unit's top_k columns are picked one by one (k head rows each) where that is at most a 16th of the K shared columns:
@@ -142,6 +142,8 @@ class LossJob(Steps):
         """
         student: Rows
         teacher: Rows
+        if unit_weights is not None and self.student_head is not None:
+            student_input = without_dropped(student_input, self.units, unit_weights)
         if self.student_head is None or self.teacher_head is None:
             student = self.logit_rows(student_input, self.shared.student_ids, self.dtype, needs_grad=needs_grad[0])
             teacher = self.logit_rows(teacher_input, self.shared.teacher_ids, self.dtype)

@@ -90,6 +90,21 @@ def unit_blocks(part: Part, columns: int) -> Iterator[tuple[slice, slice]]:
             begin = unit
 
 
+def without_dropped(
+    hidden: Tensor,  # [N_s, H]
+    units: AlignedUnits,
+    weights: Tensor,  # [G]
+) -> Tensor:
+    """The student's hidden states with zeros in the rows of units of weight 0. Never waits for the device.
+
+    Their gradients are zeros, and zero times a NaN there would be a NaN in every row of the head's gradient.
+    """
+    dropped = (weights == 0).long()
+    edges = dropped.new_zeros(len(hidden) + 1).index_add_(0, units.student_start, dropped)
+    edges.index_add_(0, units.student_start + units.student_length, -dropped)
+    return hidden.masked_fill(edges.cumsum(0)[:-1, None] > 0, 0)
+
+
 def plan_chunks(
     units: AlignedUnits,
     shared: SharedVocabulary,

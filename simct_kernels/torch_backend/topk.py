@@ -15,7 +15,7 @@ from torch import Tensor
 from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
 from simct_kernels.options import LossOptions
 from simct_kernels.torch_backend.job import PICK_SHARE, Steps, apply_job, compute_dtype, continuation_scores
-from simct_kernels.torch_backend.plan import Chunk, plan_chunks
+from simct_kernels.torch_backend.plan import Chunk, plan_chunks, without_dropped
 from simct_kernels.torch_backend.rows import LinearRows
 
 
@@ -66,8 +66,10 @@ def shared_candidates(
     place = torch.searchsorted(shared.ascending_teacher_ids, ids).clamp_(max=none - 1)
     found = (shared.ascending_teacher_ids[place] == ids) & (scores != -math.inf)
     columns = shared.teacher_order[place].masked_fill_(~found, none)
-    # A server may list a token twice: as one of its best and as the row's own.
-    columns, order = columns.sort(dim=1, stable=True)
+    # A server may list a token twice, as one of its best and as the row's own. The largest counts, and NaN before any number, which
+    # is how `sort` orders them.
+    scores, ranked = scores.sort(dim=1, descending=True)
+    columns, order = columns.gather(1, ranked).sort(dim=1, stable=True)
     found = columns < none
     found[:, 1:] &= columns[:, 1:] != columns[:, :-1]
     if options.candidates == "disjoint" and units.left_out is not None and len(units.left_out):
@@ -100,6 +102,8 @@ class Job(Steps):
         unit_weights: Tensor | None = None,  # [G], what each unit's gradient is multiplied by; None: 1
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """The units' losses [G] and the gradients that are needed, in the compute dtype."""
+        if unit_weights is not None:
+            student_hidden = without_dropped(student_hidden, self.units, unit_weights)
         ids = self.shared.student_ids
         student = self.linear_rows(student_hidden, self.student_head, ids, self.dtype, needs_grad=needs_grad)
         losses = torch.zeros(len(self.units), dtype=self.dtype, device=student_hidden.device)

@@ -120,19 +120,24 @@ def test_nan_in_an_unread_row(side):
     assert simct_loss(student, teacher, units, shared).equal(expected)
 
 
-def test_dropping_a_nan_unit_keeps_its_gradient_out():
-    """A caller may leave non-finite units out of a loss by unit: the rest trains on."""
-    problem = make_problem(dtype=torch.float32)
-    bad = 5
-    row = int(problem.units.student_start[bad])
+@pytest.mark.parametrize("value", [float("nan"), inf])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}], ids=str)
+@pytest.mark.parametrize("bad", [0, 5], ids=["single", "longer"])
+def test_dropping_a_nan_unit_keeps_its_gradient_out(bad, options, value):
+    """A caller may leave non-finite units out of a loss by unit: the rest trains on, the head's gradient included."""
+    problem = make_problem(dtype=torch.float32, softcap=5.0)
+    units = problem.units
+    keep = torch.arange(len(units)) != bad
+    without = dataclasses.replace(problem.to(torch.float32), units=units.select(keep))
+    linear_simct_loss(*without.arguments(), **options).backward()
+    row = int(units.student_start[bad] + units.student_length[bad] - 1)
     with torch.no_grad():
-        problem.student_hidden[row] = float("nan")
-    loss = linear_simct_loss(*problem.arguments(), reduction="none")
+        problem.student_hidden[row] = value
+    loss = linear_simct_loss(*problem.arguments(), reduction="none", **options)
     assert loss.isnan().nonzero().flatten().tolist() == [bad]
     loss[loss.isfinite()].sum().backward()
-    hidden_gradient = problem.student_hidden.grad
-    good = torch.arange(len(hidden_gradient)) != row
-    assert hidden_gradient[good].isfinite().all() and hidden_gradient[good].any()
+    for key, gradient in problem.gradients().items():
+        assert relative_error(gradient, without.gradients()[key]) < 1e-6, key
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])

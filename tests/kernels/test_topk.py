@@ -171,6 +171,24 @@ def test_padding_and_repeated_ids_change_nothing(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]], ids=str)
+def test_the_largest_of_a_repeated_ids_logprobs_counts(order, backend):
+    served = by_hand(1)
+    ids, logprobs = torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0.5, 0.1, 0.25, 0.0]], dtype=torch.float64).log()
+    repeated = dataclasses.replace(served, ids=ids[:, order], logprobs=logprobs[:, order])
+    assert relative_error(repeated.loss(backend=backend), served.loss(backend=backend)) < 1e-14
+    assert repeated.counts().tolist() == [2]
+    logprobs[0, 1] = math.nan  # NaN is larger than any number: no finite loss hides it
+    assert dataclasses.replace(repeated, logprobs=logprobs[:, order]).loss(backend=backend).isnan()
+    ids[0, 1] = 3  # not shared: nothing reads it
+    assert (
+        dataclasses.replace(served, ids=ids, logprobs=logprobs)
+        .loss(backend=backend)
+        .equal(served.loss(backend=backend))
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"beta": 0.0}, {"beta": 0.5, "top_k": 1, "teacher_mass_floor": 0.2}], ids=name)
 def test_units_without_candidates(options, backend):
     """None of the k is shared: single units then teach nothing, longer ones have their continuation alone."""
@@ -245,6 +263,25 @@ def test_nan_stays_in_its_unit(beta):
     for backend in BACKENDS:
         loss = served.loss(reduction="none", beta=beta, backend=backend)
         assert loss[bad].isnan().all() and loss[~bad].isfinite().all()
+
+
+@pytest.mark.parametrize("k", [2, 9])
+def test_dropping_a_nan_unit_keeps_its_gradient_out(k):
+    served = serve(make_problem(dtype=torch.float32, softcap=5.0), k)
+    units, bad = served.problem.units, 5
+    keep = torch.arange(len(units)) != bad
+    without = dataclasses.replace(
+        served.to(torch.float32),
+        problem=dataclasses.replace(served.problem.to(torch.float32), units=units.select(keep)),
+    )
+    _, expected = without.run()
+    with torch.no_grad():
+        served.problem.student_hidden[int(units.student_start[bad])] = math.nan
+    loss = served.loss(reduction="none")
+    assert loss.isnan().nonzero().flatten().tolist() == [bad]
+    loss[keep].sum().backward()
+    for key, gradient in served.problem.gradients().items():
+        assert relative_error(gradient, expected[key]) < 1e-6, key
 
 
 def test_a_continuation_that_the_teacher_excludes():

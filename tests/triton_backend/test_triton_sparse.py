@@ -12,6 +12,7 @@ from kernels.test_cost import RecordSizes
 from kernels.test_topk import (  # noqa: F401
     serve,
     test_autocast_does_not_round,
+    test_dropping_a_nan_unit_keeps_its_gradient_out,
 )
 from test_triton_losses import (
     CAPPED,
