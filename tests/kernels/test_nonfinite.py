@@ -120,12 +120,12 @@ def test_nan_in_an_unread_row(side):
     assert simct_loss(student, teacher, units, shared).equal(expected)
 
 
-@pytest.mark.parametrize("value", [float("nan"), inf])
-@pytest.mark.parametrize("options", [{}, {"top_k": 2}], ids=str)
-@pytest.mark.parametrize("bad", [0, 5], ids=["single", "longer"])
+@pytest.mark.parametrize(
+    ("bad", "options", "value"), [(0, {}, float("nan")), (1, {}, inf), (1, {"top_k": 2}, float("nan"))], ids=str
+)
 def test_dropping_a_nan_unit_keeps_its_gradient_out(bad, options, value):
     """A caller may leave non-finite units out of a loss by unit: the rest trains on, the head's gradient included."""
-    problem = make_problem(dtype=torch.float32, softcap=5.0)
+    problem = make_problem(((1, 1), (2, 2), (1, 1)), dtype=torch.float32, softcap=5.0)
     units = problem.units
     keep = torch.arange(len(units)) != bad
     without = dataclasses.replace(problem.to(torch.float32), units=units.select(keep))
