@@ -298,8 +298,11 @@ class LMHead:
         hidden: Tensor,  # [N, H]
     ) -> Tensor:
         """The whole [N, V] logits, in the dtype of the operands: for small cases and for the oracle."""
-        if not is_dense(hidden) or hidden.dim() != 2 or hidden.shape[1] != self.weight.shape[1]:
-            raise ValueError(f"hidden must be [N, {self.weight.shape[1]}] as weight, got {describe(hidden)}")
+        width = self.weight.shape[1]
+        if not is_dense(hidden) or hidden.dim() != 2 or hidden.shape[1] != width or not hidden.is_floating_point():
+            raise ValueError(f"hidden must be floating point [N, {width}] as weight, got {describe(hidden)}")
+        check_float("hidden", hidden)
+        check_device("hidden", hidden, "weight", self.weight)
         z = hidden @ self.weight.T
         if self.bias is not None:
             z = z + self.bias

@@ -13,7 +13,7 @@ from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
 from simct_kernels.options import LossOptions, check_chunk_rows
 from simct_kernels.torch_backend.plan import auto_rows
 from simct_kernels.torch_backend.rows import LinearRows
-from simct_kernels.values import check_choice, describe, is_dense
+from simct_kernels.values import check_choice, describe, is_dense, refuse_any
 
 
 class TokenStatistics(NamedTuple):
@@ -34,8 +34,8 @@ def token_statistics(
 ) -> TokenStatistics:
     """The log-probability of `tokens` and the entropy and log-sum-exp of their rows' distributions.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit. Tokens are not checked against the vocabulary,
-    which would wait for a GPU.
+    Raises ValueError for shapes, dtypes or devices that do not fit, and on the CPU for tokens outside the vocabulary: elsewhere
+    looking at them would wait for the device.
     """
     check_hidden("hidden", hidden, "head", head)
     check_chunk_rows(chunk_rows)
@@ -46,11 +46,14 @@ def token_statistics(
             f"tokens must be int64 [{hidden.shape[0]}] on {hidden.device}, one for each row of hidden, "
             f"got {describe(tokens)}{where}"
         )
+    if tokens.is_cpu:
+        outside = (tokens < 0) | (tokens >= head.weight.shape[0])
+        refuse_any("tokens", tokens, outside, f"must be ids of head, 0 to {head.weight.shape[0] - 1}")
     source = LinearRows(hidden, head, tokens.new_empty(0), torch_backend.compute_dtype(hidden, head.weight))
     step = auto_rows(head.weight.shape[0], hidden.device) if chunk_rows == "auto" else chunk_rows
     columns = torch.empty(3, hidden.shape[0], device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows in torch.arange(hidden.shape[0], device=hidden.device).split(step):
+        for rows in torch.arange(hidden.shape[0], device=hidden.device).split(min(step, len(hidden) or 1)):
             if len(rows) == 0:
                 break
             logits = source.whole(rows)

@@ -5,15 +5,24 @@ Made once for a pair of vocabularies, on the CPU; afterwards everything is integ
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import bisect_left, bisect_right
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
+from os.path import commonprefix
 
 import torch
 from torch import Tensor
 
 from simct_kernels.inputs import moved
+from simct_kernels.values import check_device, check_type, describe, is_dense
 
+_DTYPES = {
+    **dict.fromkeys(("student_text", "teacher_text"), torch.int16),
+    **dict.fromkeys(("suffix_home", "continued_begin", "continued_stop"), torch.int32),
+    "routed": torch.bool,
+}
 NO_BYTE = 256  # stands in a text for a token without bytes, which is as long as one byte
 
 Pieces = Sequence[bytes | None]
@@ -38,10 +47,9 @@ class PrefixTables:
     routed: Tensor  # bool [V_s], whether a student token is the home of any teacher token
     suffix_home: Tensor  # int32 [B_t], of what a teacher token has from this byte on
     teacher_order: Tensor  # int64 [n_t], the teacher's tokens with bytes, sorted by them
-    continued_begin: (
-        Tensor  # int32 [B_t], in teacher_order: the tokens that start with what this token has before this byte,
-    )
-    continued_stop: Tensor  # int32 [B_t]   and are longer
+    # In teacher_order, the tokens that start with what this token has before this byte, and are longer:
+    continued_begin: Tensor  # int32 [B_t]
+    continued_stop: Tensor  # int32 [B_t]
     student_order: Tensor  # int64 [n_s], the student's tokens with bytes, sorted by them
     group_begin: Tensor  # int64 [V_s], the completions of each student token: groups from here
     group_stop: Tensor  # int64 [V_s]
@@ -49,6 +57,15 @@ class PrefixTables:
     members: Tensor  # int64 [any]
     completion_begin: Tensor  # int64 [groups], in student_order: the tokens that complete the group
     completion_stop: Tensor  # int64 [groups]
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, dtype = getattr(self, field.name), _DTYPES.get(field.name, torch.int64)
+            if not is_dense(value) or value.dtype != dtype or value.dim() != 1:
+                raise ValueError(
+                    f"{field.name} must be {dtype} [any], got {describe(value)}: tables are made by PrefixTables.build"
+                )
+            check_device(field.name, value, "student_first", self.student_first)
 
     @classmethod
     def build(
@@ -74,7 +91,10 @@ class PrefixTables:
         """
         _check_pieces("student_bytes", student_bytes)
         _check_pieces("teacher_bytes", teacher_bytes)
-        routes, canonical = special_routes or {}, canonical or {}
+        routes = {} if special_routes is None else special_routes
+        canonical = {} if canonical is None else canonical
+        check_type("special_routes", routes, Mapping, "a mapping or None")
+        check_type("canonical", canonical, Mapping, "a mapping or None")
         for teacher_id, student_id in routes.items():
             _check_id("special_routes", teacher_id, "teacher", teacher_bytes)
             _check_id("special_routes", student_id, "student", student_bytes)
@@ -130,42 +150,54 @@ def _sorted_ids(pieces: Pieces) -> list[int]:
 
 
 def _texts(pieces: Pieces) -> tuple[Tensor, Tensor]:
-    lengths = torch.tensor([0, *(len(piece) if piece else 1 for piece in pieces)])
-    text = [value for piece in pieces for value in (piece or (NO_BYTE,))]
-    return lengths.cumsum(0), torch.tensor(text, dtype=torch.int16)
+    first = torch.tensor([0, *(len(piece) if piece else 1 for piece in pieces)]).cumsum(0)
+    text = torch.frombuffer(bytearray(b"".join(piece or b"?" for piece in pieces)), dtype=torch.uint8).short()
+    text[first[:-1][torch.tensor([not piece for piece in pieces])]] = NO_BYTE
+    return first, text
 
 
 def _suffix_homes(pieces: Pieces, ids: Mapping[bytes, int], none: int) -> Tensor:
-    longest = max(map(len, ids), default=0)
+    spelled = sorted(ids)
+    prefix_of = [-1 if not stack else stack[-1] for stack in _prefixes(spelled)]
+    longest = max(map(len, spelled), default=0)
     known: dict[bytes, int] = {}
     homes = []
     for piece in pieces:
         for at in range(len(piece)) if piece else ():
             text = piece[at : at + longest]
-            found = known.get(text)
-            if found is None:
-                found = next((ids[text[:n]] for n in range(len(text), 0, -1) if text[:n] in ids), none)
-                known[text] = found
-            homes.append(found)
+            home = known.get(text)
+            if home is None:
+                # The last token that does not come behind the text is its home, or the home is a prefix of that token.
+                place = bisect_right(spelled, text) - 1
+                while place >= 0 and not text.startswith(spelled[place]):
+                    place = prefix_of[place]
+                home = ids[spelled[place]] if place >= 0 else none
+                if len(text) <= 32:
+                    known[text] = home
+            homes.append(home)
         if not piece:
             homes.append(none)
     return torch.tensor(homes, dtype=torch.int32)
 
 
 def _continued(pieces: Pieces, order: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where in `order` the tokens that go on after each beginning of a token start and stop."""
     spelled = [pieces[i] for i in order]
-    whole = (0, len(spelled))
-    known: dict[bytes, tuple[int, int]] = {}
-    ranges = []
-    for piece in pieces:
-        ranges.append(whole)  # nothing emitted: never looked up
-        for at in range(1, len(piece or b"")):
-            text = piece[:at]
-            if text not in known:
-                known[text] = bisect_right(spelled, text), _behind(spelled, text)
-            ranges.append(known[text])
-    begin, stop = torch.tensor(ranges, dtype=torch.int32).T
-    return begin.contiguous(), stop.contiguous()
+    same = [0, *(len(commonprefix(pair)) for pair in pairwise(spelled)), 0]  # bytes shared with the token before
+    bounds = []
+    for backwards in (False, True):
+        found: list[Sequence[int]] = [[]] * len(pieces)
+        open_at = [0]  # by number of bytes: where, in this direction, the tokens with this token's beginning start
+        for k in reversed(range(len(spelled))) if backwards else range(len(spelled)):
+            size, kept = len(spelled[k]), same[k + 1 if backwards else k]
+            open_at[kept + 1 :] = [k + backwards] * (size - kept)
+            if not backwards:
+                open_at[size] = k + 1  # what is equal goes before what is longer
+            found[order[k]] = open_at[1:size]
+        whole = len(spelled) if backwards else 0  # nothing emitted: never looked up
+        every = chain.from_iterable((whole, *rest) for rest in found)
+        bounds.append(torch.tensor(list(every), dtype=torch.int32))
+    return bounds[0], bounds[1]
 
 
 def _completions(
@@ -176,23 +208,24 @@ def _completions(
     ids: Mapping[bytes, int],
 ) -> dict[str, Tensor]:
     spelled = [student[i] for i in student_order]
-    unspelled = {teacher[i] for i in teacher_order} - ids.keys()
-    known: dict[bytes, tuple[int, int]] = {}
-    groups: dict[bytes, dict[bytes, list[int]]] = {}  # by the sampled token, by the group's shortest token
+    members_of: dict[bytes, list[int]] = {}  # by what no student token spells
     for i in teacher_order:
-        piece = teacher[i]
-        if piece not in unspelled:
-            continue
-        lengths = [n for n in range(1, len(piece) + 1) if piece[:n] in unspelled]
-        for n in range(1, len(piece)):
-            if piece[:n] not in ids:
+        if teacher[i] not in ids:
+            members_of.setdefault(teacher[i], []).append(i)
+    groups: dict[bytes, dict[bytes, list[int]]] = {}  # by the sampled token, by the group's shortest token
+    ranges: dict[bytes, tuple[int, int]] = {}  # in `spelled`, of the tokens that start with a group's remaining bytes
+    union = sorted(members_of.keys() | ids.keys())
+    for piece, stack in zip(union, _prefixes(union), strict=True):
+        shortest = piece
+        for sampled in map(union.__getitem__, reversed(stack)) if piece in members_of else ():
+            if sampled in members_of:
+                shortest = sampled
                 continue
-            shortest = piece[: lengths[bisect_right(lengths, n)]]
-            rest = shortest[n:]
-            if rest not in known:
-                known[rest] = bisect_left(spelled, rest), _behind(spelled, rest)
-            if known[rest][0] < known[rest][1]:
-                groups.setdefault(piece[:n], {}).setdefault(shortest, []).append(i)
+            rest = shortest[len(sampled) :]
+            if rest not in ranges:
+                ranges[rest] = bisect_left(spelled, rest), _behind(spelled, rest)
+            if ranges[rest][0] < ranges[rest][1]:
+                groups.setdefault(sampled, {}).setdefault(shortest, []).extend(members_of[piece])
 
     begin, stop = torch.zeros(2, len(student), dtype=torch.int64)
     count = 0
@@ -204,7 +237,7 @@ def _completions(
         if student[i] in place:
             begin[i], stop[i] = place[student[i]]
     members = [group for found in groups.values() for group in found.values()]
-    completing = [known[shortest[len(piece) :]] for piece, found in groups.items() for shortest in found]
+    completing = [ranges[shortest[len(sampled) :]] for sampled, found in groups.items() for shortest in found]
     completion_begin, completion_stop = torch.tensor(completing, dtype=torch.int64).reshape(-1, 2).T
     return dict(
         group_begin=begin,
@@ -214,6 +247,16 @@ def _completions(
         completion_begin=completion_begin.contiguous(),
         completion_stop=completion_stop.contiguous(),
     )
+
+
+def _prefixes(spelled: Sequence[bytes]) -> Iterator[list[int]]:
+    """Of each of these ascending strings the places of those that it starts with, the shortest first: one list, used again."""
+    stack: list[int] = []
+    for k, piece in enumerate(spelled):
+        while stack and not piece.startswith(spelled[stack[-1]]):
+            stack.pop()
+        yield stack
+        stack.append(k)
 
 
 def _behind(spelled: Sequence[bytes], prefix: bytes) -> int:
@@ -232,5 +275,5 @@ def _check_pieces(name: str, pieces: Pieces) -> None:
 
 
 def _check_id(name: str, i: int, side: str, pieces: Pieces) -> None:
-    if not isinstance(i, int) or not 0 <= i < len(pieces):
+    if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < len(pieces):
         raise ValueError(f"{name} holds {side} id {i!r}, outside the {len(pieces)} ids of {side}_bytes")

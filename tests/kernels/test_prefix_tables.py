@@ -1,6 +1,7 @@
 """The tables of two vocabularies, read back against the bytes that they were made of."""
 
 import random
+import time
 
 import pytest
 import torch
@@ -90,6 +91,21 @@ def test_double_spellings_and_routes():
     assert read(routed, 0) == {}  # a student token stands for ab
 
 
+@pytest.mark.parametrize("long", [b"a" * 6000, random.Random(0).randbytes(6000)], ids=["one letter", "random"])
+def test_a_long_token_does_not_cost_its_cube(long):
+    student, teacher = [b"a", long, b"b", long[3:]], [long, long[:-1], long[1:] + b"b", b"a"]
+    begun = time.process_time()
+    tables = PrefixTables.build(student, teacher)
+    assert time.process_time() - begun < 5  # some hundredths, where every prefix of every suffix takes minutes
+    for token, piece in enumerate(teacher):
+        for at in [n for n in (0, 1, 3, 5990) if n < len(piece)]:
+            home = _home(piece[at:], student)
+            assert tables.suffix_home[int(tables.teacher_first[token]) + at] == (4 if home is None else home)
+    place = int(tables.teacher_first[1]) + 5
+    longer = sum(piece.startswith(long[:5]) and len(piece) > 5 for piece in teacher)
+    assert tables.continued_stop[place] - tables.continued_begin[place] == longer
+
+
 def test_to():
     tables = PrefixTables.build([b"a", None], [b"ab"])
     moved = tables.to("meta")
@@ -105,6 +121,9 @@ def test_to():
         (([b"a"], ["a"]), {}, r"teacher_bytes\[0\] must be bytes or None, got 'a'"),
         (([b"a"], [b"a"]), {"special_routes": {1: 0}}, "special_routes holds teacher id 1, outside the 1 ids"),
         (([b"a"], [b"a"]), {"special_routes": {0: -1}}, "special_routes holds student id -1"),
+        (([b"a"], [b"a"]), {"special_routes": {0: True}}, "special_routes holds student id True"),
+        (([b"a"], [b"a"]), {"special_routes": [0]}, "special_routes must be a mapping or None, got list"),
+        (([b"a"], [b"a"]), {"canonical": [b"a"]}, "canonical must be a mapping or None, got list"),
         (([b"a"], [b"a"]), {"canonical": {b"b": 0}}, "canonical maps b'b' to student id 0, which spells b'a'"),
     ],
     ids=lambda value: "",
