@@ -116,7 +116,7 @@ CALLS = {
 def odd_tensors(good: torch.Tensor):
     """What is no tensor like this one in any program: other types, layouts, dtypes, numbers of dimensions, devices."""
     yield from (None, 3, 1.5, "x", b"x", [], good.tolist(), good.detach().numpy(), {}, object())
-    yield torch.sparse_coo_tensor(torch.zeros(good.dim(), 1, dtype=torch.int64), good.new_zeros(1), good.shape)
+    yield good.detach().to_sparse()
     yield torch.nested.nested_tensor([good.detach(), good.detach()])
     yield torch.nested.nested_tensor([good.detach(), good.detach()], layout=torch.jagged)
     yield good.to(torch.complex64)
