@@ -47,8 +47,7 @@ setup(
             "trl>=1.16",
             "lightning>=2.4",  # with TRL's trainers: the examples
             "math-verify[antlr4_11_0]>=0.8",
-            "requests>=2.31",  # the client of a vLLM server, against servers of the tests' own
-            "httpx>=0.27",  # the client of a served teacher
+            "httpx>=0.27",  # the client of a vLLM or SGLang server, against servers of the tests' own
             "gguf>=0.10",  # a quantised teacher's file
             'bitsandbytes>=0.49; platform_system == "Linux"',  # QLoRA; its 4 bits run on a CPU, too
             "lm-eval[hf]>=0.4.13",  # simct eval
@@ -71,7 +70,7 @@ setup(
         "triton": ["triton>=3.6"],  # torch's CUDA and ROCm builds bring it
         "peft": ["peft>=0.17"],
         "qlora": ["peft>=0.17", "bitsandbytes>=0.46"],
-        "vllm": ["vllm>=0.32", "requests>=2.31"],
+        "vllm": ["vllm>=0.32", "httpx>=0.27"],
         "served": ["httpx>=0.27"],  # a teacher behind a vLLM or SGLang server
     },
     entry_points={"console_scripts": ["simct = simct.commands.cli:main"]},

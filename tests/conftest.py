@@ -4,6 +4,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the n
 
 import pytest
 import torch
+from moved_clock import at_once, clock  # noqa: F401
 from packages import or_skip
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging

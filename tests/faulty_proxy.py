@@ -4,21 +4,23 @@ import http.client
 import socket
 import struct
 import threading
-import time
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
 
 from json_server import Server
 
 FAULTS = ("reset", "429", "500", "503", "slow", "trickle", "truncated", "truncated_unsized")
-SLOW = 3.0  # seconds
+TIMED = ("slow", "trickle")  # they move the clock: nothing else should be under way
+LONG = 1000.0  # seconds, longer than any limit of a request
 
 
 class FaultyProxy:
-    """Passes requests on to `target`. `faults`: what happens to the next POSTs that score something, one each; then all is well."""
+    """Passes requests on to `target`. `faults`: what happens to the next POSTs that score something, one each; then all is well.
+    `clock`: a `moved_clock.Clock`, on which each fault takes `pace` seconds and the slow ones take long."""
 
-    def __init__(self, target, retry_after=None):
+    def __init__(self, target, clock, retry_after=None, pace=0.0):
         self.target, self.faults, self.retry_after = urlsplit(target), [], retry_after
+        self.clock, self.pace = clock, pace
         self.scored = 0  # POSTs that asked for scores, faults included
         self._lock = threading.Lock()
         proxy = self
@@ -52,6 +54,8 @@ class FaultyProxy:
             return self.faults.pop(0) if self.faults else None
 
     def handle(self, request, body, fault):
+        if fault is not None:
+            self.clock.move(self.pace)
         if fault == "reset":
             request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             request.connection.close()
@@ -63,7 +67,10 @@ class FaultyProxy:
             )
             return
         if fault == "slow":
-            time.sleep(SLOW)
+            self.clock.move(LONG)
+            request.connection.recv(1)  # until the client hangs up
+            request.close_connection = True
+            return
         connection = http.client.HTTPConnection(self.target.hostname, self.target.port, timeout=120)
         try:
             headers = {
@@ -77,18 +84,18 @@ class FaultyProxy:
             return
         finally:
             connection.close()
-        if fault is None or fault == "slow":
+        if fault is None:
             self.send(request, status, content)
         elif fault == "truncated":
             self.send(request, status, content, sent=len(content) // 2)
         elif fault == "truncated_unsized":
             self.send(request, status, content, sent=len(content) // 2, sized=False)
         elif fault == "trickle":
-            self.send(request, status, content, pause=SLOW / 20)
+            self.send(request, status, content, drip=LONG / 100)
         else:
             raise ValueError(fault)
 
-    def send(self, request, status, content, headers=None, sent=None, sized=True, pause=None):
+    def send(self, request, status, content, headers=None, sent=None, sized=True, drip=None):
         request.send_response(status)
         for name, value in (headers or {}).items():
             if value is not None:
@@ -98,12 +105,11 @@ class FaultyProxy:
         if sent is not None:
             request.send_header("Connection", "close")
         request.end_headers()
-        if pause is None:
+        if drip is None:
             request.wfile.write(content if sent is None else content[:sent])
         else:
-            step = max(1, len(content) // 40)
-            for start in range(0, len(content), step):
-                request.wfile.write(content[start : start + step])
-                request.wfile.flush()
-                time.sleep(pause)
+            for i in range(len(content) - 1):  # never whole
+                request.wfile.write(content[i : i + 1])
+                self.clock.move(drip)
+            request.connection.recv(1)
         request.close_connection = sent is not None

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from faulty_proxy import FAULTS, FaultyProxy
+from faulty_proxy import FAULTS, TIMED, FaultyProxy
 
 from simct import LocalTeacher, TokenizerPair
 from simct.teachers.served import ServedTeacher
@@ -76,9 +76,11 @@ class ServedContract:
         torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
 
     @pytest.mark.parametrize("fault", FAULTS)
-    def test_a_fault_costs_a_request_and_nothing_else(self, url, local, samples, demo_tokenizers, fault):
-        with FaultyProxy(url) as proxy:
-            teacher = ServedTeacher(proxy.url, demo_tokenizers[1], top_k=4, timeout=2.0, patience=60)
+    @pytest.mark.usefixtures("at_once")
+    def test_a_fault_costs_a_request_and_nothing_else(self, url, local, samples, demo_tokenizers, fault, clock):
+        with FaultyProxy(url, clock) as proxy:
+            options = {"concurrency": 1} if fault in TIMED else {}
+            teacher = ServedTeacher(proxy.url, demo_tokenizers[1], top_k=4, patience=1e6, **options)
             before = proxy.scored
             proxy.faults = [fault, fault]
             rows = teacher.rows(*samples)
@@ -87,8 +89,9 @@ class ServedContract:
         # Three responses have tokens; after all but 429 it is looked whether the server's model is still the same.
         assert asked == 3 + 2 + (fault != "429")
 
-    def test_the_server_says_when_to_come_back(self, url, samples, demo_tokenizers):
-        with FaultyProxy(url, retry_after="2") as proxy:
+    @pytest.mark.usefixtures("at_once")
+    def test_the_server_says_when_to_come_back(self, url, samples, demo_tokenizers, clock):
+        with FaultyProxy(url, clock, retry_after="2") as proxy:
             teacher = ServedTeacher(proxy.url, demo_tokenizers[1], top_k=4, patience=60)
             proxy.faults = ["429"]
             started = time.monotonic()
@@ -104,28 +107,15 @@ class ServedContract:
             ("truncated_unsized", RuntimeError, "answered what is no whole JSON"),
         ],
     )
-    def test_patience_ends(self, url, samples, demo_tokenizers, fault, kind, message):
-        with FaultyProxy(url) as proxy:
+    @pytest.mark.usefixtures("at_once")
+    def test_patience_ends(self, url, samples, demo_tokenizers, fault, kind, message, clock):
+        with FaultyProxy(url, clock, pace=0.4) as proxy:
             teacher = ServedTeacher(proxy.url, demo_tokenizers[1], top_k=4, patience=1.0)
-            teacher.served._client.timeout = 0.5  # the first meeting may take longer
-            teacher.served._client._http.timeout = 0.5
+            if fault == "slow":
+                teacher.served._client.timeout = 0.5  # the first meeting may take longer
             proxy.faults = [fault] * 50
             with pytest.raises(kind, match=message):
                 teacher.rows(*samples)
-
-    def test_what_was_scored_is_kept(self, url, samples, demo_tokenizers, tmp_path):
-        with FaultyProxy(url) as proxy:
-            options = dict(top_k=4, cache_dir=tmp_path)
-            first = ServedTeacher(proxy.url, demo_tokenizers[1], **options).rows(*samples)
-            again = ServedTeacher(proxy.url, demo_tokenizers[1], **options)
-            before = proxy.scored
-            second = again.rows(*samples)
-            assert proxy.scored == before
-            for ours, theirs in zip(vars(first).values(), vars(second).values(), strict=True):
-                assert ours.equal(theirs) and ours.dtype == theirs.dtype
-            again.token_logprobs(*samples)  # another k
-            assert proxy.scored == before + 3
-        assert not list(tmp_path.rglob(".*"))
 
     def test_another_tokenizer_is_refused(self, url, demo_tokenizers):
         message = "serves 'teacher' with another tokenizer than .*: token .* there and .* here"

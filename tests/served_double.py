@@ -70,11 +70,13 @@ class Double:
         if max(ids) >= self.model.config.vocab_size:
             return refused(f"Token id {max(ids)} is out of vocabulary", None)
         rows = [None]
-        for token, logprobs in zip(ids[1:], self._logprobs(ids), strict=True):
-            best = logprobs.topk(min(k, len(logprobs)))
-            rank = int((logprobs >= logprobs[token]).sum())
-            row = {token: (float(logprobs[token]), rank)}
-            row |= {int(i): (float(v), r) for r, (v, i) in enumerate(zip(*best, strict=True), start=1)}
+        logprobs = self._logprobs(ids)
+        own = logprobs.gather(1, torch.tensor(ids[1:])[:, None])
+        ranks = (logprobs >= own).sum(dim=1).tolist()
+        values, best = (part.tolist() for part in logprobs.topk(min(k, logprobs.shape[1]), dim=1))
+        for i, token in enumerate(ids[1:]):
+            row = {token: (float(own[i]), ranks[i])}
+            row |= {id: (v, r) for r, (v, id) in enumerate(zip(values[i], best[i], strict=True), start=1)}
             rows.append(
                 {
                     str(i): {"logprob": max(v, -9999.0), "rank": r, "decoded_token": self.text(i)}
@@ -99,8 +101,8 @@ class Double:
         own, top = [entry(None, ids[start])], [None]
         for token, logprobs in zip(ids[start + 1 :], self._logprobs(ids)[start:], strict=True):
             own.append(entry(float(logprobs[token]), token))
-            values, best = logprobs.topk(k)
-            top.append([entry(float(v), int(i)) for v, i in zip(values, best, strict=True)])
+            values, best = (part.tolist() for part in logprobs.topk(k))
+            top.append([entry(v, i) for v, i in zip(values, best, strict=True)])
         meta = {"prompt_tokens": len(ids), "completion_tokens": 1, "cached_tokens": 0, "input_token_logprobs": own}
         if k:
             meta["input_top_logprobs"] = top

@@ -15,7 +15,9 @@ FLOORS = [
     {"simct.teachers"},
     {"simct.data", "simct.models", "simct.rollouts"},
     {"simct.pairing"},
+    {"simct.client"},
     {"simct.console", "simct.files"},
+    {"simct.secrets"},
     {"simct_kernels"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -8,6 +8,7 @@ from simct.commands import inspect as inspect_command
 from simct.commands.options import with_option_files
 from simct.commands.train import RunArguments, train
 from simct.console import UsageError, console, errors
+from simct.secrets import redact
 
 __all__ = ["RunArguments", "UsageError", "main", "with_option_files"]
 
@@ -68,7 +69,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             train(own)
     except UsageError as error:
-        errors.print(f"simct {options.command}: error: {error}", style="bold red", markup=False, highlight=False)
+        errors.print(
+            redact(f"simct {options.command}: error: {error}"), style="bold red", markup=False, highlight=False
+        )
         raise SystemExit(2) from error
 
 

@@ -21,12 +21,12 @@ from simct.data.records import read_prompts
 from simct.inspection.tables import coverage_table, pair_table
 from simct.models.loading import SOURCE
 from simct.pairing.pair import TokenizerPair
+from simct.secrets import NAMES, redact, without_secrets
 from simct.teachers.served import check_objective
 from simct.training.memory import RESERVE, MemoryEstimate, device_memory, estimate, fits, memory_table
 
 MEASURED_PROMPTS = 1000  # of which the longest is the length to be expected
 COVERAGE_PROMPTS = 200
-SECRETS = ("hub_token", "push_to_hub_token")
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def options_table(run, config, recipe: Mapping[str, Any]) -> Table:
     rows += [
         (field.name, getattr(config, field.name), getattr(default, field.name))
         for field in dataclasses.fields(config)
-        if field.init and field.name not in SECRETS
+        if field.init and field.name not in NAMES
     ]
     for name, value, usual in rows:
         if name == "activation_checkpointing" and value == config.gradient_checkpointing:
@@ -226,8 +226,9 @@ def options_table(run, config, recipe: Mapping[str, Any]) -> Table:
         given = recipe.get(name)
         origin = "recipe" if name in recipe and _same(value, given) else "command line"
         if origin == "command line" and name in recipe:
-            origin += f" (recipe: {_show(given)})"
-        table.add_row(*(Text(text) for text in (name, _show(value), "" if needed else _show(usual), origin)))
+            origin += f" (recipe: {redact(_show(without_secrets(name, given)))})"
+        shown = redact(_show(without_secrets(name, value)))
+        table.add_row(*(Text(text) for text in (name, shown, "" if needed else _show(usual), origin)))
     return table
 
 
@@ -249,7 +250,8 @@ def _verdict(memory: MemoryEstimate, available: int, changes: list[str] | None) 
 def _notes(config, student: nn.Module, teacher: nn.Module | None) -> list[str]:
     notes = []
     if teacher is None:
-        notes.append(f"The teacher is served at {config.teacher_url}: its memory is not counted, and it was not asked.")
+        served = without_secrets("teacher_url", config.teacher_url)
+        notes.append(f"The teacher is served at {served}: its memory is not counted, and it was not asked.")
     for role, model, options in (
         ("student", student, config.model_init_kwargs),
         ("teacher", teacher, config.teacher_model_init_kwargs),

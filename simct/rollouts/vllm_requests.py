@@ -2,9 +2,13 @@
 
 import hashlib
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
+from simct.client import words
 from simct.rollouts.protocol import Response, Sampling
+
+ROUNDING = 1e-3  # nats above 0 that a log-probability may come out at
 
 
 def request_seed(seed: int, index: int) -> int:
@@ -61,16 +65,31 @@ def to_response(
     stop_reason: int | str | None,
     logprobs: Sequence[float] | None,
     sampling: Sampling,
+    vocab_size: int | None = None,
 ) -> Response:
-    """RuntimeError for an answer that is not a response: an aborted request, or one whose parts contradict each other."""
-    token_ids = list(token_ids)
-    logprobs = None if logprobs is None else [float(value) for value in logprobs]
+    """RuntimeError for an answer that is not a response: an aborted request, one whose parts contradict each other, ids that are
+    none of `vocab_size`, log-probabilities that cannot be any."""
+    try:
+        token_ids = [index(token) for token in token_ids]
+        logprobs = None if logprobs is None else [float(value) for value in logprobs]
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(f"vLLM's response cannot be read: {words(error)}") from None
+    wrong = [token for token in token_ids if token < 0 or (vocab_size is not None and token >= vocab_size)]
+    if wrong:
+        known = "of 0 or more" if vocab_size is None else f"from 0 to {vocab_size - 1}"
+        raise RuntimeError(f"vLLM's response has token id {wrong[0]}: expected ids {known}")
+    if len(token_ids) > sampling.max_new_tokens:
+        raise RuntimeError(f"vLLM's response has {len(token_ids)} tokens: expected at most {sampling.max_new_tokens}")
+    wrong = [value for value in logprobs or () if not value <= ROUNDING]
+    if wrong:
+        raise RuntimeError(f"vLLM's response has {wrong[0]} as a log-probability: expected 0 or less")
     reason = "stop_string" if finish_reason == "stop" and isinstance(stop_reason, str) else finish_reason
     ended = bool(token_ids) and token_ids[-1] in sampling.end_ids
     if reason not in ("stop", "stop_string", "length") or (reason == "stop") != ended:
+        reasons = f"finish_reason {finish_reason!r}, stop_reason {stop_reason!r}"
         raise RuntimeError(
-            f"vLLM ended a response with finish_reason {finish_reason!r}, stop_reason {stop_reason!r} and the last tokens "
-            f"{token_ids[-3:]}: expected one of {list(sampling.end_ids)} last exactly for 'stop', or a stop string, or 'length'"
+            f"vLLM ended a response with {words(reasons)} and the last tokens {token_ids[-3:]}: "
+            f"expected one of {list(sampling.end_ids)} last exactly for 'stop', or a stop string, or 'length'"
         )
     if logprobs is not None and len(logprobs) != len(token_ids):
         raise RuntimeError(

@@ -12,9 +12,7 @@ one file system under one path; a folder in memory (/dev/shm) is the fast choice
 
 import os
 import tempfile
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from simct.client import Refused, Request, RetryingClient, words
 from simct.rollouts.protocol import Response, Sampling
 from simct.rollouts.vllm_engine import check_vocabulary_size
 from simct.rollouts.vllm_requests import check_prompts, request_seed, request_settings, to_response
 from simct.rollouts.weights import checkpoint_weights, write_weights
+from simct.secrets import read_key
 
+KEY = "VLLM_API_KEY"
+CONNECTING = 3.0  # seconds for which a request that did not reach the server is sent again
+TOKEN = 2048  # bytes of JSON that one token of an answer takes at most, on average
+STARTING = 10.0  # seconds that a server may take to say that it is there
 COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT --generation-config vllm"
 
 
@@ -46,12 +50,13 @@ class ServedVLLM:
         sync_dtype: floating-point dtype of those files; default: the student's. Half the bytes if the student has float32 master
             weights and the server computes in bfloat16.
         api_key: the server's `--api-key`; default: `VLLM_API_KEY` in the environment.
-        timeout: seconds that one answer may take.
+        timeout: seconds that one answer may take in all.
         wait: seconds to wait for a server that is still starting.
         concurrency: most requests under way at a time.
     Raises:
-        ImportError: requests is not installed.
-        ConnectionError: nothing answers at `base_url`. TimeoutError: it does not answer in time.
+        ImportError: httpx is not installed.
+        ConnectionError: nothing answers at `base_url`. TimeoutError: it does not answer in time. PermissionError: it wants another
+            key.
         ValueError: what answers is no vLLM server that can be used here: another model, too short a context, settings under which
             samples or log-probabilities would not be the student's own.
     """
@@ -70,29 +75,19 @@ class ServedVLLM:
         wait: float = 0.0,
         concurrency: int = 64,
     ) -> None:
-        if not base_url.startswith(("http://", "https://")) or base_url.rstrip("/").endswith("/v1"):
-            raise ValueError(f"base_url is {base_url!r}: expected 'http://HOST:PORT', without '/v1'")
-        if concurrency < 1 or timeout <= 0:
-            raise ValueError(
-                f"concurrency is {concurrency} and timeout {timeout}: expected at least 1, and more than 0 seconds"
-            )
-        try:
-            import requests
-        except ImportError as error:
-            raise ImportError("requests is not installed: pip install 'simct[vllm]', or take another engine") from error
-        self._requests, self._session = requests, requests.Session()
         # A request that has not reached the server is sent again; one that has may still be running there.
-        again = requests.adapters.Retry(connect=3, read=0, redirect=0, status=0, other=0, backoff_factor=0.3)
-        adapter = requests.adapters.HTTPAdapter(pool_maxsize=concurrency, max_retries=again)
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
-        key = api_key if api_key is not None else os.environ.get("VLLM_API_KEY")
-        if key:
-            self._session.headers["Authorization"] = f"Bearer {key}"
-        self.base_url, self.timeout, self.concurrency = base_url.rstrip("/"), timeout, concurrency
+        self._client = RetryingClient(
+            base_url,
+            api_key=read_key("api_key", api_key, KEY),
+            timeout=timeout,
+            patience=CONNECTING,
+            connections=concurrency,
+            again=False,
+        )
+        self.base_url, self.timeout = self._client.base_url, timeout
         self.sync_folder, self.sync_dtype, self._updates = sync_folder, sync_dtype, 0
         self.vocab_size = vocab_size
-        self._await_start(wait)
+        self._ask([Request("GET", "/health", empty=True)], again=True, patience=wait, timeout=min(timeout, STARTING))
         self.model_name, self.max_model_len = self._served_model(model_name, max_model_len)
         self._check_settings()
         if vocab_size is not None:
@@ -104,15 +99,7 @@ class ServedVLLM:
         check_prompts(prompts, sampling, self.max_model_len, self.vocab_size)
         if not prompts:
             return []
-        with ThreadPoolExecutor(min(self.concurrency, len(prompts))) as pool:
-            futures = [
-                pool.submit(self._complete, prompt, sampling, request_seed(seed, i)) for i, prompt in enumerate(prompts)
-            ]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # no waiting for what nobody will read
-                raise
+        return self._ask([self._request(p, sampling, request_seed(seed, i)) for i, p in enumerate(prompts)])
 
     def update_weights(self, model: PreTrainedModel) -> None:
         """Writes the current weights of `model` and has the server load them, between two requests. Every training process must
@@ -148,17 +135,13 @@ class ServedVLLM:
             folder = Path(temporary) / f"update-{self._updates}"
             os.chmod(temporary, 0o755)  # the server may run as another user
             write_weights(weights, folder, dtype=self.sync_dtype)
-            self._post("/pause", params={"mode": "wait"})
+            self._post("/pause?mode=wait")
             try:
-                self._post(
-                    "/collective_rpc", json={"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-                )
-                if not self._post("/reset_prefix_cache").get("success", True):
+                self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+                if not (self._post("/reset_prefix_cache") or {}).get("success", True):
                     raise RuntimeError(f"{self.base_url} did not empty its prefix cache, which old weights have filled")
             except BaseException:
-                with suppress(
-                    ConnectionError, TimeoutError, RuntimeError
-                ):  # a failed load can end a server: say the first error
+                with suppress(OSError, RuntimeError):  # a failed load can end a server: say the first error
                     self._post("/resume")
                 raise
             self._post("/resume")
@@ -170,45 +153,46 @@ class ServedVLLM:
         root.mkdir(parents=True, exist_ok=True)
         return root
 
-    def _complete(self, prompt: list[int], sampling: Sampling, seed: int) -> Response:
-        answer = self._post(
-            "/v1/completions",
-            json={
-                "model": self.model_name,
-                "prompt": list(prompt),
-                **request_settings(sampling, seed),
-                "return_token_ids": True,
-                "return_tokens_as_token_ids": True,
-            },
-        )
-        (choice,) = answer["choices"]
-        if choice.get("token_ids") is None:
-            raise RuntimeError(
-                f"{self.base_url} returned text without token ids: expected a vLLM that knows return_token_ids"
-            )
-        logprobs = choice["logprobs"]["token_logprobs"] if choice.get("logprobs") else None
-        return to_response(choice["token_ids"], choice["finish_reason"], choice.get("stop_reason"), logprobs, sampling)
+    def _request(self, prompt: list[int], sampling: Sampling, seed: int) -> Request:
+        body = {
+            "model": self.model_name,
+            "prompt": list(prompt),
+            **request_settings(sampling, seed),
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
+
+        def read(answer: Any) -> Response:
+            try:
+                (choice,) = answer["choices"]
+                ids, logprobs = choice.get("token_ids"), choice.get("logprobs")
+                logprobs = logprobs["token_logprobs"] if logprobs else None
+                reasons = choice["finish_reason"], choice.get("stop_reason")
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise RuntimeError(f"the answer of {self.base_url} is no response ({words(repr(error))})") from None
+            if ids is None:
+                raise RuntimeError(
+                    f"{self.base_url} returned text without token ids: expected a vLLM that knows return_token_ids"
+                )
+            return to_response(ids, *reasons, logprobs, sampling, self.vocab_size)
+
+        return Request("POST", "/v1/completions", body, read, (1 << 20) + TOKEN * sampling.max_new_tokens)
 
     # What the server is, asked once.
 
-    def _await_start(self, wait: float) -> None:
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                self._call("GET", "/health", timeout=min(self.timeout, 10))
-                return
-            except (ConnectionError, TimeoutError, RuntimeError):
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(min(2.0, max(0.1, wait / 10)))
-
     def _served_model(self, name: str | None, needed: int | None) -> tuple[str, int]:
-        listed = {entry["id"]: entry for entry in self._call("GET", "/v1/models").json()["data"]}
-        if name is not None and name not in listed:
-            raise ValueError(f"model_name is {name!r}: expected one that {self.base_url} serves, {', '.join(listed)}")
+        try:
+            listed = {str(entry["id"]): entry for entry in self._get("/v1/models")["data"]}
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.base_url} does not list its models ({words(repr(error))}): expected a vLLM server"
+            ) from None
+        if not listed or name is not None and name not in listed:
+            known = words(", ".join(listed)) or "none"
+            raise ValueError(f"model_name is {name!r}: expected one that {self.base_url} serves, {known}")
         name = name if name is not None else next(iter(listed))
         length = listed[name].get("max_model_len")
-        if length is None:
+        if type(length) is not int:
             raise ValueError(f"{self.base_url} does not say its max_model_len: expected a vLLM server")
         if needed is not None and needed > length:
             raise ValueError(
@@ -219,12 +203,12 @@ class ServedVLLM:
 
     def _check_settings(self) -> None:
         try:
-            answer = self._call("GET", "/server_info", params={"config_format": "json"})
-        except RuntimeError as error:
+            config = self._get("/server_info?config_format=json")["vllm_config"]["model_config"]
+        except (RuntimeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.base_url} does not open vLLM's development routes ({error}): expected a server started with {COMMAND}"
-            ) from error
-        config = answer.json()["vllm_config"]["model_config"]
+                f"{self.base_url} does not open vLLM's development routes ({words(error)}): "
+                f"expected a server started with {COMMAND}"
+            ) from None
         wanted = {
             "logprobs_mode": ("raw_logprobs", "--logprobs-mode"),
             "generation_config": ("vllm", "--generation-config"),
@@ -232,9 +216,10 @@ class ServedVLLM:
         for setting, (value, option) in wanted.items():
             if config.get(setting, value) != value:
                 raise ValueError(
-                    f"{setting} of {self.base_url} is {config[setting]!r}: expected a server started with {option} {value}"
+                    f"{setting} of {self.base_url} is {words(repr(config[setting]))}: "
+                    f"expected a server started with {option} {value}"
                 )
-        if self._call("GET", "/is_paused").json().get("is_paused"):
+        if (self._get("/is_paused") or {}).get("is_paused"):
             warnings.warn(
                 f"{self.base_url} was left paused, by a run killed while it changed weights; going on", stacklevel=3
             )
@@ -244,41 +229,34 @@ class ServedVLLM:
         """The server tells no size, but refuses ids that its model has not."""
         ask = {"model": self.model_name, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
         for token, known in ((size - 1, True), (size, False)):
-            answer = self._call("POST", "/v1/completions", json={**ask, "prompt": [token]}, fine=(200, 400))
-            if (answer.status_code == 200) != known:
+            refusal = None
+            try:
+                self._client.call(Request("POST", "/v1/completions", {**ask, "prompt": [token]}))
+            except Refused as error:
+                if error.status != 400:
+                    raise RuntimeError(str(error)) from None
+                refusal = error.words
+            if (refusal is None) != known:
                 raise ValueError(
                     f"{self.base_url} serves a model that {'has not' if known else 'has'} token id {token}, the student has {size} "
-                    f"token ids: expected a server of the same model ({answer.text[:200] if known else self.model_name})"
+                    f"token ids: expected a server of the same model ({refusal or self.model_name})"
                 )
 
     # The wire.
 
-    def _post(self, route: str, **arguments) -> dict[str, Any]:
-        answer = self._call("POST", route, **arguments)
-        return answer.json() if answer.content else {}
+    def _get(self, route: str) -> Any:
+        return self._ask([Request("GET", route, empty=True)])[0]
 
-    def _call(
-        self, method: str, route: str, *, fine: tuple[int, ...] = (200,), timeout: float | None = None, **arguments
-    ):
-        errors, seconds = self._requests.exceptions, timeout if timeout is not None else self.timeout
-        url = self.base_url + route
+    def _post(self, route: str, body: dict[str, Any] | None = None) -> Any:
+        return self._ask([Request("POST", route, body, empty=True)])[0]
+
+    def _ask(self, requests: list[Request], **options) -> list[Any]:
         try:
-            answer = self._session.request(method, url, timeout=(min(seconds, 10), seconds), **arguments)
-        except errors.Timeout as error:
-            raise TimeoutError(
-                f"{url} did not answer within {seconds:g} seconds: is the server overloaded or stuck?"
-            ) from error
-        except errors.RequestException as error:
-            raise ConnectionError(f"no vLLM server answers at {url} ({error}): start one with {COMMAND}") from error
-        if answer.status_code not in fine:
-            raise RuntimeError(f"{method} {url} answered {answer.status_code}: {_message(answer)}")
-        return answer
-
-
-def _message(answer) -> str:
-    """vLLM's own words, on one line: what a server says is data, and goes into logs."""
-    try:
-        text = answer.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        text = answer.text
-    return " ".join(str(text).split())[:500]
+            return self._client.call_all(requests, **options)
+        except Refused as error:
+            raise RuntimeError(str(error)) from None
+        except PermissionError as error:
+            raise PermissionError(f"{error}: expected a key that the server takes, in {KEY} or as api_key") from None
+        except ConnectionError as error:
+            url = self.base_url + requests[0].route
+            raise ConnectionError(f"no vLLM server answers at {url} ({error}): start one with {COMMAND}") from None

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
 from simct.models.loading import SOURCE, load_model, load_tokenizer
@@ -72,4 +72,10 @@ def load_served(
         generation = None
     options = args.teacher_server_kwargs or {}
     check_server_options(options)
+    try:
+        head = AutoConfig.from_pretrained(folder, **source).get_text_config(decoder=True).vocab_size
+        if head > len(tokenizer):
+            options = {"vocab_size": head, **options}
+    except (OSError, ValueError, KeyError, AttributeError):  # a folder with only a tokenizer
+        pass
     return ServedTeacher(url, tokenizer, top_k=args.teacher_top_k, generation_config=generation, **options)

@@ -8,11 +8,7 @@ it reads. Token ids travel, never text.
 """
 
 import inspect
-import os
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from simct.teachers.cache import ScoreCache
-from simct.teachers.client import RetryingClient
+from simct.client import RetryingClient
+from simct.secrets import read_key
 from simct.teachers.formats import Scores
 from simct.teachers.local import ServedRows
 from simct.teachers.server import KEY, ServedModel
@@ -43,13 +39,12 @@ class ServedTeacher:
         server: "vllm", "sglang", or "auto": what the server says that it is.
         generation_config: of the teacher, if it is there: says what ends its turns.
         api_key: default: `SIMCT_TEACHER_API_KEY` in the environment.
-        timeout: seconds that one answer may take.
+        timeout: seconds that one answer may take in all.
         patience: seconds for which a request is sent again, from its first failure on.
         wait: seconds to wait for a server that is still starting, when it is first met.
         concurrency: most requests under way at a time.
-        cache_dir: a folder that keeps scores; none if not given. One model is told from another there by its name, its path and its
-            log-probabilities of a fixed text: weights that differ by less (two checkpoints of a run) need folders of their own.
-        cache_gb: most that the model's scores may take there, in 10^9 bytes.
+        vocab_size: ids that the model has, if its head is padded to more than the tokenizer has; what is among the best of a row
+            must be one of them.
     Raises:
         ImportError: httpx is not installed. ConnectionError, TimeoutError, RuntimeError: no server answers. PermissionError: it
             wants another key.
@@ -71,18 +66,15 @@ class ServedTeacher:
         patience: float = 600.0,
         wait: float = 0.0,
         concurrency: int = 16,
-        cache_dir: str | os.PathLike | None = None,
-        cache_gb: float = 10.0,
+        vocab_size: int | None = None,
     ) -> None:
         self.tokenizer, self.generation_config = tokenizer, generation_config
         self.top_k, self.concurrency, self.device = top_k, concurrency, torch.device("cpu")
-        api_key = api_key if api_key is not None else os.environ.get(KEY)
-        client = RetryingClient(base_url, api_key=api_key, timeout=timeout, patience=patience, connections=concurrency)
-        self.served = ServedModel(client, tokenizer, top_k=top_k, name=model_name, server=server, wait=wait)
-        self.cache = None
-        if cache_dir is not None:
-            identity = (self.served.name, self.served.root, self.served.format.name)
-            self.cache = ScoreCache(cache_dir, identity, self.served.fingerprint, cache_gb)
+        key = read_key("api_key", api_key, KEY)
+        client = RetryingClient(base_url, api_key=key, timeout=timeout, patience=patience, connections=concurrency)
+        self.served = ServedModel(
+            client, tokenizer, top_k=top_k, name=model_name, server=server, wait=wait, vocab_size=vocab_size
+        )
 
     @property
     def context_length(self) -> float:
@@ -118,36 +110,14 @@ class ServedTeacher:
     def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], k: int) -> list[Scores]:
         """One for each response, in order, with its k best. Errors as `rows`."""
         self._check_ids(prompts, responses)
-        found: dict[int, Scores] = {}
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            if not response:
-                found[i] = Scores(np.empty((0, k), np.int32), np.empty((0, k), np.float32), np.empty(0, np.float32))
-            elif self.cache is not None:
-                kept = self.cache.get(prompt, response, k)
-                if kept is not None:
-                    found[i] = kept
-        missing = [i for i in range(len(responses)) if i not in found]
-        if missing:
-            self._ask(missing, found, prompts, responses, k)
-        return [found[i] for i in range(len(responses))]
-
-    def _ask(self, missing: list[int], found: dict[int, Scores], prompts, responses, k: int) -> None:
-        """Fills `found` with those that are missing, all of them."""
-        cancelled = threading.Event()
-        pool = ThreadPoolExecutor(min(self.concurrency, len(missing)), thread_name_prefix="simct-teacher")
-        try:
-            futures = [pool.submit(self.served.scores, prompts[i], responses[i], k, cancelled) for i in missing]
-            for failed in wait_for(futures, return_when=FIRST_EXCEPTION).done:
-                failed.result()
-            for i, future in zip(missing, futures, strict=True):
-                found[i] = future.result()
-        finally:  # of a failed batch nobody waits for the rest
-            cancelled.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-        self.served.check_same()
-        if self.cache is not None:
-            for i in missing:
-                self.cache.put(prompts[i], responses[i], k, found[i])
+        asked = [i for i, response in enumerate(responses) if len(response)]
+        nothing = Scores(np.empty((0, k), np.int32), np.empty((0, k), np.float32), np.empty(0, np.float32))
+        scores = dict.fromkeys(range(len(responses)), nothing)
+        if asked:
+            pairs = [(prompts[i], responses[i]) for i in asked]
+            scores.update(zip(asked, self.served.scores(pairs, k), strict=True))
+            self.served.check_same()
+        return list(scores.values())
 
     def _packed(self, parts: list[np.ndarray], empty: tuple[int, ...], dtype) -> Tensor:
         packed = np.concatenate([np.empty(empty, dtype), *parts], axis=0)

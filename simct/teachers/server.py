@@ -1,16 +1,14 @@
 """A model behind a server (`ServedModel`): what it is, whether its tokenizer is the local one, and the scores of one response."""
 
 import re
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from simct.client import Refused, Request, RetryingClient, words
 from simct.pairing.tokens import token_bytes
-from simct.teachers.cache import same_model
-from simct.teachers.client import Refused, RetryingClient
 from simct.teachers.formats import FORMATS, Scores
 
 KEY = "SIMCT_TEACHER_API_KEY"
@@ -21,6 +19,7 @@ PROBE = (
     "def area(radius):\n    return 3.14159 * radius ** 2  # of a circle\n\nnaïve café, 中文, Русский 👍\n"
 )
 SPREAD = 64  # tokens whose texts are compared as well
+SAME_MODEL = 0.1  # nats: what precision and batching change of a token's log-probability is less, on average
 
 
 class ServedModel:
@@ -33,8 +32,9 @@ class ServedModel:
         name: one of those that the server lists; needed if there are several.
         server: "vllm", "sglang" or "auto".
         wait: seconds to wait for a server that is still starting.
+        vocab_size: ids that the model has, where its head is padded; else as many as its tokenizer has tokens.
     Attributes:
-        name, root: the model's name there and, as far as the server says it, its path.
+        name: the model's name there.
         max_model_len: its context in tokens; infinite if the server does not say.
         size: token ids of the local tokenizer.
         fingerprint: float32 [n], its log-probabilities of a fixed text.
@@ -52,6 +52,7 @@ class ServedModel:
         name: str | None = None,
         server: str = "auto",
         wait: float = 0.0,
+        vocab_size: int | None = None,
     ) -> None:
         self._pieces = token_bytes(tokenizer)
         self.size = len(self._pieces)
@@ -61,23 +62,26 @@ class ServedModel:
             )
         if server not in ("auto", *FORMATS):
             raise ValueError(f"server is {server!r}: expected one of 'auto', {', '.join(map(repr, FORMATS))}")
+        if vocab_size is not None and vocab_size < self.size:
+            raise ValueError(
+                f"vocab_size is {vocab_size}: expected at least {self.size}, the tokens of the teacher's tokenizer"
+            )
         self._client, self._tokenizer, self._top_k = client, tokenizer, top_k
+        self._vocabulary = self.size if vocab_size is None else vocab_size
         self.base_url = client.base_url
         entry = self._listed(name, wait)
-        self.name, self.root = entry["id"], str(entry.get("root") or "")
-        self.max_model_len: float = entry.get("max_model_len") or float("inf")
+        self.name = str(entry["id"])
+        self.max_model_len = self._context(entry)
         self.format = FORMATS[self._kind(entry, server)]()
         self._check_spelling(wait)
         self._check_encoding(wait)
         self.fingerprint = self._probe(wait)
         self._met = client.interruptions
 
-    def scores(
-        self, prompt: Sequence[int], response: Sequence[int], k: int, cancelled: threading.Event | None = None
-    ) -> Scores:
-        """Raises ValueError for what the server refuses; PermissionError, ConnectionError, TimeoutError or RuntimeError if it does
-        not answer, or answers what is no score of these tokens; Cancelled once `cancelled` is set."""
-        return self._ask(prompt, response, k, cancelled=cancelled)
+    def scores(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], k: int) -> list[Scores]:
+        """Of pairs of a prompt and a response. Raises ValueError for what the server refuses; PermissionError, ConnectionError,
+        TimeoutError or RuntimeError if it does not answer, or answers what can be no score of these tokens."""
+        return self._ask([self._request(*pair, k) for pair in pairs])
 
     def check_same(self) -> None:
         """After a failed request: the server may have been started anew, with something else. ValueError if it was."""
@@ -94,46 +98,49 @@ class ServedModel:
 
     # ---- Requests ----
 
-    def _ask(
-        self, prompt: Sequence[int], response: Sequence[int], k: int, *, texts: dict | None = None, **options
-    ) -> Scores:
+    def _request(self, prompt: Sequence[int], response: Sequence[int], k: int, texts: dict | None = None) -> Request:
         """`texts`: filled with the server's own text of each token in its answer."""
         prompt, response = ([int(token) for token in ids] for ids in (prompt, response))
 
         def read(answer: Any) -> Scores:
-            scores = self.format.scores(answer, prompt, response, k, self.size)
-            if texts is not None:
+            if texts is not None:  # of a tokenizer that is not known yet
                 texts.update(self.format.texts(answer))
-            return scores
+                return self.format.scores(answer, prompt, response, k, self.size)
+            return self.format.scores(answer, prompt, response, k, self.size, self._vocabulary)
 
+        body = self.format.request(self.name, prompt, response, k, texts is not None)
+        return Request("POST", self.format.route, body, read, self.format.limit(prompt, response, k))
+
+    def _ask(self, requests: Sequence[Request], patience: float | None = None) -> list[Scores]:
         try:
-            body = self.format.request(self.name, prompt, response, k, texts is not None)
-            return self._client.call("POST", self.format.route, body, read=read, **options)
+            return self._client.call_all(requests, patience=patience)
         except Refused as error:
-            raise ValueError(self._explained(error, len(prompt) + len(response), k)) from error
+            raise ValueError(self._explained(error)) from None
         except PermissionError as error:
-            raise self._no_key(error) from error
+            raise self._no_key(error) from None
 
-    def _explained(self, error: Refused, tokens: int, k: int) -> str:
-        limit = re.search(r"logprobs of \d+,? which is greater than max allowed: (\d+)", error.message)
+    def _explained(self, error: Refused) -> str:
+        limit = re.search(r"logprobs of (\d+),? which is greater than max allowed: (\d+)", error.words)
         if limit:
+            k, allowed = limit.groups()
             return (
-                f"top_k (of a run: teacher_top_k) is {k}, but {self.base_url} allows {limit[1]} log-probabilities a token: "
-                f"expected at most {limit[1]}, or a server started with --max-logprobs {k}"
+                f"top_k (of a run: teacher_top_k) is {k}, but {self.base_url} allows {allowed} log-probabilities a token: "
+                f"expected at most {allowed}, or a server started with --max-logprobs {k}"
             )
-        if re.search(r"context length|max_tokens must be at least 1|longer than|too long", error.message):
+        if re.search(r"context length|max_tokens must be at least 1|longer than|too long", error.words):
+            tokens = len(error.request.body[self.format.ids])
             return (
                 f"prompt and response have {tokens} tokens, too many for {self.base_url}: expected fewer, or a server with a "
-                f"longer context ({error.message})"
+                f"longer context ({error.words})"
             )
-        unknown = re.search(r"[Tt]oken id (-?\d+) is out of vocabulary", error.message)
+        unknown = re.search(r"[Tt]oken id (-?\d+) is out of vocabulary", error.words)
         if unknown:
             return (
                 f"{self.base_url} serves a model without token id {unknown[1]}, the tokenizer {self._tokenizer.name_or_path!r} has "
                 f"{self.size}: expected the teacher's own tokenizer"
             )
         if error.status == 404:
-            return f"{self.base_url} has no model {self.name!r}, or no route {self.format.route} ({error.message})"
+            return f"{self.base_url} has no model {self.name!r}, or no route {self.format.route} ({error.words})"
         return str(error)
 
     def _no_key(self, error: PermissionError) -> PermissionError:
@@ -144,23 +151,31 @@ class ServedModel:
     def _listed(self, name: str | None, patience: float) -> dict[str, Any]:
         """What the server says of the model."""
         try:
-            listed = self._client.call("GET", "/v1/models", patience=patience)["data"]
-            names = [entry["id"] for entry in listed]
+            listed = self._client.call(Request("GET", "/v1/models"), patience=patience)["data"]
+            names = [str(entry["id"]) for entry in listed]
         except (Refused, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.base_url} does not list its models ({error}): expected a vLLM or SGLang server"
-            ) from error
+                f"{self.base_url} does not list its models ({words(error)}): expected a vLLM or SGLang server"
+            ) from None
         except PermissionError as error:
-            raise self._no_key(error) from error
+            raise self._no_key(error) from None
         except ConnectionError as error:
             command = f"vllm serve TEACHER --max-logprobs {self._top_k}"
-            raise ConnectionError(f"{error}: expected a server, such as `{command}`") from error
+            raise ConnectionError(f"{error}: expected a server, such as `{command}`") from None
         if name is None and len(names) == 1:
             return listed[0]
         if name not in names:
-            known = ", ".join(map(repr, names)) or "none"
+            known = words(", ".join(map(repr, names))) or "none"
             raise ValueError(f"model_name is {name!r}: expected one that {self.base_url} serves, {known}")
         return listed[names.index(name)]
+
+    def _context(self, entry: dict[str, Any]) -> float:
+        length = entry.get("max_model_len")
+        if length is not None and (type(length) is not int or length < 3):
+            raise ValueError(
+                f"max_model_len of {self.base_url} is {words(length)}: expected a number of tokens, 3 or more"
+            )
+        return float("inf") if length is None else length
 
     def _kind(self, entry: dict[str, Any], server: str) -> str:
         owner = str(entry.get("owned_by") or "").lower()
@@ -173,7 +188,8 @@ class ServedModel:
             return server
         if owner not in FORMATS:
             raise ValueError(
-                f"{self.base_url} does not say what kind of server it is (owned_by: {owner!r}): expected server='vllm' or 'sglang'"
+                f"{self.base_url} does not say what kind of server it is (owned_by: {words(owner)!r}): expected server='vllm' "
+                "or 'sglang'"
             )
         return owner
 
@@ -181,7 +197,8 @@ class ServedModel:
         """Log-probabilities of a fixed text."""
         ids = list(self._tokenizer(PROBE, add_special_tokens=False)["input_ids"])
         ids = ids[: int(min(self.max_model_len - 1, len(ids)))]  # a server with a short context
-        return self._ask(ids[:1], ids[1:], self._top_k, patience=patience).token_logprobs
+        (scores,) = self._ask([self._request(ids[:1], ids[1:], 0)], patience)
+        return scores.token_logprobs
 
     def _check_spelling(self, patience: float) -> None:
         """Tokens from all over the vocabulary, its last one among them, must have the local tokenizer's texts."""
@@ -189,7 +206,7 @@ class ServedModel:
         count = int(min(SPREAD, self.max_model_len - 1))
         ids = [ordinary[round(i * (len(ordinary) - 1) / (count - 1))] for i in range(count)]
         texts: dict[int, str] = {}
-        self._ask(ids[:1], ids[1:], self._top_k, texts=texts, patience=patience)
+        self._ask([self._request(ids[:1], ids[1:], self._top_k, texts)], patience)
         if not any(texts.get(token) for token in ids[1:]):
             raise ValueError(f"{self.base_url} does not say its tokens' texts: its tokenizer cannot be compared")
         for token, theirs in texts.items():
@@ -209,7 +226,7 @@ class ServedModel:
             return
         body = {"model": self.name, "prompt": PROBE, "add_special_tokens": False}
         try:
-            theirs = self._client.call("POST", "/tokenize", body, patience=patience)["tokens"]
+            theirs = list(self._client.call(Request("POST", "/tokenize", body), patience=patience)["tokens"])
         except (Refused, PermissionError, KeyError, TypeError):  # not open to everyone: the tokens' texts were compared
             return
         ours = list(self._tokenizer(PROBE, add_special_tokens=False)["input_ids"])
@@ -222,6 +239,11 @@ class ServedModel:
 
     def _other_tokenizer(self, difference: str) -> ValueError:
         return ValueError(
-            f"{self.base_url} serves {self.name!r} with another tokenizer than {self._tokenizer.name_or_path!r}: {difference}; "
-            "expected the teacher's own"
+            f"{self.base_url} serves {self.name!r} with another tokenizer than {self._tokenizer.name_or_path!r}: "
+            f"{words(difference)}; expected the teacher's own"
         )
+
+
+def same_model(fingerprint: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two rows of log-probabilities of one text are one model's, up to precision."""
+    return fingerprint.shape == other.shape and bool(np.abs(fingerprint - other).mean() < SAME_MODEL)

@@ -1,13 +1,15 @@
 """`SimCTConfig`: every option of a run, on top of `transformers.TrainingArguments`."""
 
+import copy
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from transformers import TrainingArguments
 
 from simct.data.prompts import PROMPT_FORMATS
 from simct.rollouts.protocol import ENGINES, Sampling
+from simct.secrets import hide_options, read_address, read_key, without_secrets
 from simct_kernels.options import CANDIDATES, SCORES
 
 PREFIX_OBJECTIVES = ("bpm", "escd")  # they read `simct_kernels.PrefixTables`
@@ -30,7 +32,8 @@ def from_json(name: str, value):
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is {value!r}: expected a JSON object ({error})") from None
+        # Without the value: what it holds, a token of the hub perhaps, is not known.
+        raise ValueError(f"{name} of {len(value)} characters is not JSON: expected a JSON object ({error})") from None
 
 
 @dataclass
@@ -137,7 +140,7 @@ class SimCTConfig(TrainingArguments):
     )
     teacher_top_k: int = option(64, "A served teacher's log-probabilities of each row; at most its server's limit.")
     teacher_server_kwargs: dict | str | None = option(
-        None, "More options of ServedTeacher, as JSON: timeout, patience, wait, concurrency, cache_dir, model_name ..."
+        None, "More options of ServedTeacher, as JSON: timeout, patience, wait, concurrency, vocab_size, model_name ..."
     )
 
     # Evaluation
@@ -172,6 +175,7 @@ class SimCTConfig(TrainingArguments):
             "teacher_server_kwargs",
         ):
             setattr(self, name, from_json(name, getattr(self, name)))
+        self._read_secrets()
         if self.special_tokens != "auto" and not isinstance(self.special_tokens, dict):
             raise ValueError(
                 f"special_tokens is {self.special_tokens!r}: expected 'auto' or a mapping of student to teacher tokens"
@@ -226,6 +230,44 @@ class SimCTConfig(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns is True: expected False, the trainer renders the prompt columns itself"
             )
+
+    def _read_secrets(self) -> None:
+        """Keys and addresses stripped and checked, and hidden from every message from here on."""
+        hide_options(vars(self))
+        self.hub_token = read_key("hub_token", self.hub_token)
+        for options in self.model_init_kwargs, self.teacher_model_init_kwargs:
+            if isinstance(options, dict) and isinstance(options.get("token"), str):
+                options["token"] = read_key("token", options["token"])
+        if self.vllm_server_url:
+            self.vllm_server_url = read_address("vllm_server_url", self.vllm_server_url)
+        if isinstance(self.teacher_url, dict):
+            self.teacher_url = {name: read_address("teacher_url", url) for name, url in self.teacher_url.items()}
+        elif self.teacher_url:
+            self.teacher_url = read_address("teacher_url", self.teacher_url)
+
+    def to_dict(self) -> dict:
+        """As TrainingArguments', for those who log it; no key in it."""
+        return {name: without_secrets(name, value) for name, value in super().to_dict().items()}
+
+    def __str__(self) -> str:
+        shown = ((name, without_secrets(name, value)) for name, value in sorted(asdict(self).items()))
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown)})"
+
+    __repr__ = __str__
+
+    def __getstate__(self) -> dict:
+        """What is pickled, as the Trainer does into training_args.bin: no key in it. (A copy has all.)"""
+        return {name: without_secrets(name, value) for name, value in vars(self).items()}
+
+    def __copy__(self) -> "SimCTConfig":
+        new = object.__new__(type(self))
+        new.__dict__.update(vars(self))
+        return new
+
+    def __deepcopy__(self, memo: dict) -> "SimCTConfig":
+        new = memo[id(self)] = object.__new__(type(self))
+        new.__dict__.update(copy.deepcopy(vars(self), memo))
+        return new
 
     def sampling(self, end_ids: tuple[int, ...], pad_id: int) -> Sampling:
         """How the rollouts are drawn."""

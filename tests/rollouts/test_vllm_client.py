@@ -12,7 +12,7 @@ from simct.rollouts.vllm_engine import ColocatedVLLM, colocated_from_model
 from simct.rollouts.vllm_requests import request_seed, request_settings, to_response
 from simct.rollouts.vllm_server import ServedVLLM
 
-pytest.importorskip("requests")
+pytest.importorskip("httpx")
 SETTINGS = Sampling(end_ids=(1,), pad_id=0, max_new_tokens=4)
 MODEL = {"logprobs_mode": "raw_logprobs", "generation_config": "vllm"}
 CHOICE = {"token_ids": [7, 1], "finish_reason": "stop", "stop_reason": 1, "logprobs": {"token_logprobs": [-0.5, -0.25]}}

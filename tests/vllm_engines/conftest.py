@@ -127,14 +127,14 @@ def server_url(tmp_path_factory, student_folder):
 
 
 def _await(url, process, log, seconds=180):
-    import requests
+    import httpx
 
     deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            if requests.get(url + "/health", timeout=2).ok:
+            if httpx.get(url + "/health", timeout=2).is_success:
                 return
-        except requests.exceptions.RequestException:
+        except httpx.HTTPError:
             pass
         time.sleep(0.5)
     pytest.fail(f"the vLLM server did not start:\n{log.read_text()[-3000:]}")
