@@ -12,8 +12,8 @@ NAMES = ("token", "use_auth_token", "hub_token", "push_to_hub_token", "api_key",
 
 _known: set[str] = set()
 _USER = re.compile(r"(?<=://)[^/\s?#'\"]*@")  # of an address: user:password@
-_QUERY = re.compile(r"(?<=[?&])([^=&\s#'\"]+=)[^&\s#'\"]+")
-_ADDRESS = re.compile(r"\w[\w+.-]*://\S+")
+_QUERY = re.compile(r"(?<=[?&])([^=?&\s#'\"]{1,64}=)[^&\s#'\"]+")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{1,20}://\S+")  # bounded: a message may be long, and a server's
 _HUB_TOKEN = re.compile(r"\bhf_\w{8,}")
 
 
@@ -65,17 +65,18 @@ def read_address(name: str, given: str) -> str:
     """
     given = str(given).strip()
     shown = shown_address(given)
+    # By hand: where a password has a slash in it, no parser finds the user.
+    user, query = given.partition("://")[2].rpartition("@")[0], re.split(r"[?#]", given, maxsplit=1)[1:]
+    if "@" in given or query:
+        hide(user, user.partition(":")[2], *query, *(value for part in query for _, value in parse_qsl(part)))
+        raise ValueError(
+            f"{name} {shown!r} was given with a user or key in it, which would be logged: expected the address alone"
+        )
     try:
         parts = urlsplit(given)
         usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:  # a port that is none, half an IPv6 address
-        raise ValueError(f"{name} is {shown!r}: expected 'http://HOST:PORT', without '/v1'") from None
-    if "@" in given or parts.query or parts.fragment:
-        user = given.partition("://")[2].rpartition("@")[0]
-        hide(user, user.partition(":")[2], parts.query, parts.fragment, *(v for _, v in parse_qsl(parts.query)))
-        raise ValueError(
-            f"{name} {shown!r} was given with a user or key in it, which would be logged: expected the address alone"
-        )
+        usable = False
     if not usable or given.rstrip("/").endswith("/v1"):
         raise ValueError(f"{name} is {shown!r}: expected 'http://HOST:PORT', without '/v1'")
     hide(*(part for part in parts.path.split("/") if len(part) >= 2 * SHORTEST))

@@ -1,8 +1,9 @@
-"""An HTTP server for tests: answers with JSON, and can be stopped in the middle of a connection."""
+"""HTTP servers for tests: one that answers with JSON and can be stopped in the middle of a connection; any bytes (`raw`)."""
 
 import json
+import socket
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -67,3 +68,42 @@ class Server(ThreadingHTTPServer):
             except OSError:
                 pass
             connection.close()
+
+
+@contextmanager
+def raw(answer):
+    """The address of a server that answers each connection by what `answer(send)` sends, when it has read a request's head."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                threading.Thread(target=one, args=(connection,), daemon=True).start()
+
+    def one(connection):
+        with connection, suppress(OSError):  # the client hung up
+            connection.recv(65536)
+            answer(connection.sendall)
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        listening.close()
+
+
+@contextmanager
+def replying(status=200, body=None, **headers):
+    """The address of a server that always says the same, and what it was asked."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    asked = []
+
+    def answer(send):
+        asked.append(1)
+        length = f"Content-Length: {len(content)}\r\n"
+        send(f"HTTP/1.1 {status} Some\r\nConnection: close\r\n{length}{head}\r\n".encode() + content)
+
+    with raw(answer) as url:
+        yield url, asked

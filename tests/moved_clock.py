@@ -34,6 +34,12 @@ class Clock:
             with suppress(RuntimeError):  # closed
                 loop.call_soon_threadsafe(lambda: None)  # it looks at the clock again
 
+    def move_next(self, seconds):
+        """As soon as what runs in a loop now waits for something."""
+        for loop in list(self._loops):
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(self.move, seconds)
+
 
 @pytest.fixture
 def clock(monkeypatch):

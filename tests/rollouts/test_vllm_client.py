@@ -1,11 +1,11 @@
 """The vLLM engines without a vLLM: requests, answers, servers that are not what they should be. `vllm_engines` has a real one."""
 
-import time
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-from json_server import serving
+from json_server import replying, serving
 
 from simct.rollouts.protocol import Response, Sampling
 from simct.rollouts.vllm_engine import ColocatedVLLM, colocated_from_model
@@ -83,6 +83,25 @@ def test_an_answer_that_is_no_response_is_an_error(tokens, reason, stop):
         to_response(tokens, reason, stop, None, SETTINGS)
 
 
+@pytest.mark.parametrize(
+    "tokens, logprobs, message",
+    [
+        ([-7, 1], [-1, -1], "token id -7: expected ids from 0 to 99"),
+        ([100, 1], [-1, -1], "token id 100: expected ids from 0 to 99"),
+        (["7", 1], [-1, -1], "cannot be read"),
+        ([7.5, 1], [-1, -1], "cannot be read"),
+        (7, [-1, -1], "cannot be read"),
+        ([7, 1], [-1, None], "cannot be read"),
+        ([7, 1], [-1, float("nan")], "nan as a log-probability"),
+        ([7, 1], [-1, 0.5], "0.5 as a log-probability: expected 0 or less"),
+        ([7] * 9, [-1] * 9, "has 9 tokens: expected at most 4"),
+    ],
+)
+def test_an_answer_that_cannot_be_is_an_error(tokens, logprobs, message):
+    with pytest.raises(RuntimeError, match=message):
+        to_response(tokens, "stop", 1, logprobs, SETTINGS, 100)
+
+
 def test_an_answer_short_of_log_probabilities_is_an_error():
     with pytest.raises(RuntimeError, match="1 log-probabilities to 2 tokens"):
         to_response([7, 1], "stop", 1, [-1.0], SETTINGS)
@@ -149,11 +168,49 @@ def test_servers_that_cannot_serve_the_student_are_refused(routes, options, mess
         ServedVLLM(url, **options)
 
 
-def test_a_slow_server_is_a_timeout():
-    with server(answers(v1__completions=lambda body: time.sleep(1) or {})) as (url, _):
-        engine = ServedVLLM(url, timeout=0.2)
-        with pytest.raises(TimeoutError, match=r"/v1/completions did not answer within 0.2 seconds"):
+def test_a_slow_server_is_a_timeout(clock):
+    with server(answers(v1__completions=lambda body: clock.move(1000) or too_late.wait() or {})) as (url, _):
+        too_late = threading.Event()
+        engine = ServedVLLM(url, timeout=200)
+        with pytest.raises(TimeoutError, match=r"/v1/completions did not answer within 200 seconds"):
             engine.generate([[5]], SETTINGS, seed=0)
+        too_late.set()
+
+
+def test_a_request_that_reached_the_server_is_not_sent_again(clock):
+    """It may still be running there: weights are not loaded twice, and no response is sampled twice."""
+    with server(answers(v1__completions=(503, {}))) as (url, asked):
+        with pytest.raises(RuntimeError, match="answered 503"):
+            ServedVLLM(url).generate([[5]], SETTINGS, seed=0)
+    assert [route for route, _, _ in asked].count("/v1/completions") == 1
+
+
+def test_redirects_are_not_followed_and_a_wrong_key_is_said(monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password of-the-netrc\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("VLLM_API_KEY", "the-key-in-use\n")
+    with server(answers()) as (other, elsewhere):
+        with replying(307, Location=f"{other}/health") as (url, _):
+            with pytest.raises(RuntimeError, match="/health answered 307: a redirect to .*not followed"):
+                ServedVLLM(url)
+    assert not elsewhere
+    with server({"/health": (401, {"error": "no such key: the-key-in-use"})}) as (url, asked):
+        with pytest.raises(PermissionError, match=r"answered 401: no such key: \*\*\*: expected a key .*VLLM_API_KEY"):
+            ServedVLLM(url)
+    assert asked[0][2] == "Bearer the-key-in-use"
+
+
+@pytest.mark.parametrize("url", ["http://me:pa55word@host:1", "http://host:1?key=pa55word", "http://host:1/#pa55word"])
+def test_an_address_with_a_password_is_refused_without_it(url):
+    with pytest.raises(ValueError, match="was given with a user or key in it") as error:
+        ServedVLLM(url)
+    assert "pa55word" not in str(error.value)
+
+
+def test_an_error_with_status_200_says_the_servers_words():
+    with server(answers(v1__completions={"error": {"message": "engine\nis dead"}})) as (url, _):
+        with pytest.raises(RuntimeError, match="/v1/completions answered an error: engine is dead"):
+            ServedVLLM(url).generate([[5]], SETTINGS, seed=0)
 
 
 def test_a_failed_request_says_the_servers_words_on_one_line():

@@ -266,11 +266,94 @@ def test_an_answer_that_scores_something_else_is_an_error(answer, message):
         VLLM().scores(answer, [5], [7], 2, 3072)
 
 
+NAN = float("nan")
+
+
+def entries(*rows):
+    return {str(token): {"logprob": value, "rank": rank} for token, value, rank in rows}
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        (entries((7, -1.0, 2), (-9, -0.5, 1)), "token id -9: expected ids from 0 to 3071"),
+        (entries((7, -1.0, 2), (3072, -0.5, 1)), "token id 3072: expected ids from 0 to 3071"),
+        (entries((7, -1.0, 2), (10**30, -0.5, 1)), "what cannot be read .OverflowError"),
+        (entries((7, -1.0, 2), ("nine", -0.5, 1)), "what cannot be read .ValueError.*'nine'"),
+        (entries((7, -1.0, 1), (9, -0.5, 2)), "log-probabilities that do not fall with their rank"),
+        (entries((7, -0.5, 1), (9, -1.0, 4)), "ranks .1, 4. ... at position 1"),
+        (entries((7, -0.5, 3), (9, -1.0, 3)), "ranks .3, 3. ... at position 1"),
+        (entries((7, -3.0, 3), ("07", -1.0, 2), (9, -0.5, 1)), "another log-probability of a token"),
+        (entries((7, NAN, 2), (9, -0.5, 1)), "nan as a log-probability"),
+        (entries((7, -1.0, 2), (9, NAN, 1)), "nan as a log-probability"),
+        (entries((7, -1.0, 2), (9, 0.004, 1)), "0.004 as a log-probability: raw logits"),
+        (entries((7, -1.0, 2), (9, float("inf"), 1)), "inf as a log-probability: raw logits"),
+        (entries((7, -1.0, 2), (9, True, 1)), "True as a log-probability"),
+        (entries((7, -1.0, 2), (9, "-1", 1)), "'-1' as a log-probability"),
+        (
+            entries((7, -9.0, 2), (9, -8.1, 1)),
+            "-8.1 as the best log-probability of a row: the best of 3072 .* -8.03 or more",
+        ),
+        (entries((7, -9999.0, 2), (9, -9999.0, 1)), "-inf as the best log-probability"),
+        (entries((7, -0.9, 9), (9, -0.5, 1), (8, -1.0, 2)), "another log-probability of a token than its place"),
+        (entries((7, -0.1, 2), (9, -0.1, 1)), "add up to a probability of 1.81"),
+        ({"7": {"logprob": -1.0}, "9": {"logprob": -0.5}}, "what cannot be read .KeyError: 'rank'"),
+        ({"7": -1.0, "9": -0.5}, "what cannot be read"),
+    ],
+)
+def test_an_answer_that_cannot_be_is_an_error(entries, message):
+    with pytest.raises(RuntimeError, match=message):
+        VLLM().scores(vllm(None, entries), [5], [7], 2, 3072, 3072)
+
+
+def test_a_padded_heads_ids_are_its_own():
+    row = entries((7, -1.0, 2), (3100, -0.5, 1))
+    assert VLLM().scores(vllm(None, row), [5], [7], 2, 3072, 3136).topk_ids.tolist() == [[3100, 7]]
+
+
+def test_a_server_that_lies_in_a_run_is_found_out(double, demo_tokenizers):
+    answer = double.answer
+
+    def lying(*arguments):
+        status, found = answer(*arguments)
+        if lies and "choices" in found:
+            found["choices"][0]["prompt_logprobs"][-1].popitem()
+            found["choices"][0]["prompt_logprobs"][-1]["5000"] = {"logprob": -20.0, "rank": 4}
+        return status, found
+
+    lies, double.answer = [], lying
+    with serving(double) as url:
+        teacher = ServedTeacher(url, demo_tokenizers[1], top_k=4)
+        lies.append(True)
+        with pytest.raises(RuntimeError, match="token id 5000: expected ids from 0 to 3071"):
+            teacher.rows([[5]], [[7, 9]])
+        double.answer = lambda *arguments: (200, {"error": {"message": "CUDA\nerror", "code": 400}})
+        with pytest.raises(ValueError, match="/v1/completions answered an error: CUDA error"):
+            teacher.rows([[5]], [[7, 9]])
+
+
 def test_what_cannot_be_is_minus_infinity_and_a_small_vocabulary_is_filled_up():
     entry = {"7": {"logprob": -9999.0, "rank": 3}, "9": {"logprob": 0.0, "rank": 1}, "2": {"logprob": -50.0, "rank": 2}}
     scores = VLLM().scores(vllm(None, entry), [5], [7], 4, 3)
     assert scores.topk_ids.tolist() == [[9, 2, 7, -1]]
     assert scores.topk_logprobs.tolist() == [[0.0, -50.0, -np.inf, -np.inf]] and scores.token_logprobs[0] == -np.inf
+
+
+@pytest.mark.parametrize(
+    "best, message",
+    [
+        ([[-1.5, 9, None], [-0.5, 8, None]], "do not fall with their rank"),
+        ([[-0.5, 9, None], [-1.5, 9, None]], "a token id twice"),
+        ([[-0.5, 9.0, None], [-1.5, 8, None]], "expected whole numbers"),
+        ([[-0.5, 9, None], [-1.5, 99999, None]], "token id 99999: expected ids from 0 to 3071"),
+        ([[-9.5, 9, None], [-9.6, 8, None]], "-9.5 as the best log-probability"),
+    ],
+)
+def test_sglangs_best_are_checked(best, message):
+    own = [[None, 5, None], [-2.0, 7, None]]
+    answer = {"meta_info": {"input_token_logprobs": own, "input_top_logprobs": [None, best]}}
+    with pytest.raises(RuntimeError, match=message):
+        SGLang().scores(answer, [5], [7], 2, 3072, 3072)
 
 
 def test_equal_ranks_leave_the_own_token_out():
@@ -288,7 +371,14 @@ def test_sglangs_answer_must_be_of_the_tokens_asked_for():
         (([None, 5, None],), "0 and 1 log-probabilities for 1 tokens"),
         (([None, 5, None], [-1.0, 8, None]), "token 8 where token 7 was asked for"),
         (([None, 5, None], [None, 7, None]), "None as a log-probability"),
+        (([None, 5, None], [NAN, 7, None]), "nan as a log-probability"),
+        (([None, 5, None], [-0.4, 7, None]), "another log-probability of a token than its place"),
+        (([None, 5, None], [-1.0, 7]), None),
+        (([None, 5, None], [-1.0]), "what cannot be read .IndexError"),
     ):
+        if message is None:
+            SGLang().scores(answer(*own), [5], [7], 1, 3072)
+            continue
         with pytest.raises(RuntimeError, match=message):
             SGLang().scores(answer(*own), [5], [7], 1, 3072)
 
