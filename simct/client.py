@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 class Refused(ValueError):
-    """An answer that asking again will not change. `words`: the server's own, on one line; `request`: what was asked."""
+    """An answer that asking again will not change. `words`: the server's own, on one line; `body`: what was asked."""
 
-    def __init__(self, message: str, status: int = 0, words: str = "", request: "Request | None" = None) -> None:
+    def __init__(self, message: str, status: int = 0, words: str = "", body: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
-        self.status, self.words, self.request = status, words, request
+        self.status, self.words, self.body = status, words, body or {}
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class RetryingClient:
         if status in (401, 403):
             raise PermissionError(f"{url} answered {status}: {said}")
         if status != 200:
-            raise Refused(f"{url} answered {status}: {said}", status, said, request)
+            raise Refused(f"{url} answered {status}: {said}", status, said, request.body)
         if request.empty and not content:
             return request.read(None)
         try:
@@ -226,7 +226,7 @@ class RetryingClient:
             said = _said(content)
             if isinstance(found.get("error"), dict) and found["error"].get("code") in LATER:
                 raise _Later(f"{url} answered an error: {said}", RuntimeError)
-            raise Refused(f"{url} answered an error: {said}", status, said, request)
+            raise Refused(f"{url} answered an error: {said}", status, said, request.body)
         return request.read(found)
 
 
@@ -295,8 +295,8 @@ def _seconds(header: str | None) -> float:
 
 def _cause(error: BaseException) -> BaseException:
     """What began it: "Connection refused", where the last of a chain says "All connection attempts failed"."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+    while before := error.__cause__ or error.__context__:
+        error = before
     return error if str(error) else type(error)(type(error).__name__)
 
 

@@ -11,7 +11,8 @@ SHORTEST = 4  # characters of what is hidden: fewer are no secret, and part of m
 NAMES = ("token", "use_auth_token", "hub_token", "push_to_hub_token", "api_key", "password", "secret", "authorization")
 
 _known: set[str] = set()
-_USER = re.compile(r"(?<=://)[^/\s?#'\"]*@")  # of an address: user:password@
+_USER = re.compile(r"(?<=://)\S{0,256}@")  # of an address: user:password@, where a password may have a slash in it
+_NAMED = re.compile(r"((?:token|key|password|secret|authorization)\w*['\"]?\s*[:=]).*", re.DOTALL | re.IGNORECASE)
 _QUERY = re.compile(r"(?<=[?&])([^=?&\s#'\"]{1,64}=)[^&\s#'\"]+")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{1,20}://\S+")  # bounded: a message may be long, and a server's
 _HUB_TOKEN = re.compile(r"\bhf_\w{8,}")
@@ -32,6 +33,11 @@ def redact(text: object) -> str:
     text = _USER.sub(f"{HIDDEN}@", text)
     text = _ADDRESS.sub(lambda found: _QUERY.sub(rf"\1{HIDDEN}", found[0]), text)
     return _HUB_TOKEN.sub(HIDDEN, text)
+
+
+def shown_text(text: str) -> str:
+    """Options that cannot be read, a broken JSON object say: nothing of what follows the name of a secret."""
+    return redact(_NAMED.sub(rf"\1 {HIDDEN}", text))
 
 
 def read_key(name: str, given: str | None, variable: str | None = None) -> str | None:

@@ -34,7 +34,7 @@ def test_api_reference_builds(tmp_path):
     assert (
         "linear_simct_loss" in page
         and "AlignedUnits" in page
-        and (tmp_path / "site" / "simct" / "trainer.html").is_file()
+        and (tmp_path / "site" / "simct" / "training" / "trainer.html").is_file()
     )
 
 

@@ -221,7 +221,11 @@ def test_a_server_that_echoes_the_key_in_a_run(tmp_path, gateway, everything):
         ({"teacher_url": f"http://me:{PASSWORD}@127.0.0.1:1", "dry_run": True}, "with a user or key in it"),
         ({"teacher_url": f"http://127.0.0.1:1/?key={PASSWORD}"}, "with a user or key in it"),
         ({"rollout_engine": "vllm-server", "vllm_server_url": f"http://me:{PASSWORD}@127.0.0.1:1"}, "with a user or"),
-        ({"model_init_kwargs": json.dumps({"token": STUDENT_HUB})[:-1]}, "model_init_kwargs .*is not JSON"),
+        ({"model_init_kwargs": json.dumps({"token": STUDENT_HUB})[:-1]}, r"model_init_kwargs is '\{\"token\": \*\*\*'"),
+        (
+            {"teacher_url": json.dumps({"a": f"http://me:{PASSWORD}@h"})[:-1]},
+            "teacher_url is .*://\\*\\*\\*@h.*expected a JSON",
+        ),
         ({"model_init_kwargs": json.dumps({"token": "two\nlines of 4711"})}, "token has U.000A as character 4"),
         ({"teacher_server_kwargs": json.dumps({"api_key": KEY})}, "names api_key, which checkpoints would keep"),
         ({"teacher_server_kwargs": json.dumps({"api_key": KEY}), "dry_run": True}, "The teacher is served at"),
@@ -231,7 +235,7 @@ def test_a_server_that_echoes_the_key_in_a_run(tmp_path, gateway, everything):
 )
 def test_a_command_that_ends_early_shows_no_secret(tmp_path, gateway, everything, options, message):
     with serving(gateway) as url:
-        options = {name: value.format(url=url) if name == "teacher_url" else value for name, value in options.items()}
+        options = {name: str(value).replace("{url}", url) for name, value in options.items()}
         with pytest.raises(SystemExit):
             main(words(tmp_path / "run", url, **options))
     found = everything()

@@ -62,6 +62,12 @@ class Format:
         """Bytes of the longest answer."""
         return (1 << 20) + (len(prompt) + len(response)) * (k + 1) * ENTRY
 
+    def request(
+        self, model: str, prompt: Sequence[int], response: Sequence[int], k: int, texts: bool = False
+    ) -> dict[str, Any]:
+        """The body of a request."""
+        raise NotImplementedError
+
     def _fill(self, table: "Table", answer: Any, prompt: Sequence[int], response: Sequence[int]) -> None:
         raise NotImplementedError
 

@@ -128,7 +128,7 @@ class ServedModel:
                 f"expected at most {allowed}, or a server started with --max-logprobs {k}"
             )
         if re.search(r"context length|max_tokens must be at least 1|longer than|too long", error.words):
-            tokens = len(error.request.body[self.format.ids])
+            tokens = len(error.body[self.format.ids])
             return (
                 f"prompt and response have {tokens} tokens, too many for {self.base_url}: expected fewer, or a server with a "
                 f"longer context ({error.words})"

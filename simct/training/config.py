@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from simct.data.prompts import PROMPT_FORMATS
 from simct.rollouts.protocol import ENGINES, Sampling
-from simct.secrets import hide_options, read_address, read_key, without_secrets
+from simct.secrets import hide_options, read_address, read_key, shown_text, without_secrets
 from simct_kernels.options import CANDIDATES, SCORES
 
 PREFIX_OBJECTIVES = ("bpm", "escd")  # they read `simct_kernels.PrefixTables`
@@ -32,8 +32,7 @@ def from_json(name: str, value):
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        # Without the value: what it holds, a token of the hub perhaps, is not known.
-        raise ValueError(f"{name} of {len(value)} characters is not JSON: expected a JSON object ({error})") from None
+        raise ValueError(f"{name} is {shown_text(value)!r}: expected a JSON object ({error})") from None
 
 
 @dataclass
