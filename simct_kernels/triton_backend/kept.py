@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simct_kernels.torch_backend.rows import as_operand, product
-from simct_kernels.triton_backend.columns import PAD, Columns
+from simct_kernels.torch_backend.rows import PAD, as_operand, padded, product
+from simct_kernels.triton_backend.columns import Columns
 from simct_kernels.triton_backend.indexed import add_weight_gradient
 
 # The tiles of one kind are kept whole up to this many bytes, or as many as the float32 sum of products would take, whichever is
@@ -56,9 +56,7 @@ class KeptTiles:
     def next(self, height: int, head: Callable[[], Tensor]) -> Tensor:
         """Where a chunk's gradient goes, [height, W], in the operands' dtype; `head` gives the [W, H] weight."""
         if self._tiles is None:
-            self._tiles = padded(
-                torch.empty, self._capacity, self.width, dtype=self.hidden.dtype, device=self.hidden.device
-            )
+            self._tiles = padded(self._capacity, self.width, self.hidden.dtype, self.hidden.device)
         if self._end - self._begin + height > self._capacity:
             self._multiply(head)
         place = self._end - self._begin
@@ -138,22 +136,24 @@ class HeadGradient:
     def _make(self, scale: Tensor | None, out: Tensor) -> Tensor:
         options = {"dtype": torch.float32, "device": out.device}
         parts = ranges(*self.shape)
-        height = max(end - begin for begin, end in parts)
-        total = torch.empty(height, self.shape[1], **options)
+        direct = out.dtype == torch.float32
+        total = None if direct else torch.empty(max(end - begin for begin, end in parts), self.shape[1], **options)
         bounds = np.searchsorted(self.placed.host_ids, [begin for begin, _ in parts] + [self.shape[0]])
         spare = None
         if self.shared is not None and (self.whole is not None or self.placed.first is None):
             spare = torch.empty(int(np.diff(bounds).max()) + 2 * PAD, self.shape[1], **options)
         for (begin, end), low, high in zip(parts, bounds, bounds[1:], strict=False):
-            sums = self._sums(begin, end, int(low), int(high), total[: end - begin], spare)
-            if scale is None:
-                out[begin:end].copy_(sums)
-            else:
-                torch.mul(sums, scale, out=out[begin:end])
+            place = out[begin:end]
+            sums = place if direct else total[: end - begin]
+            self._add_up(begin, end, int(low), int(high), sums, spare)
+            if scale is not None:
+                torch.mul(sums, scale, out=place)
+            elif not direct:
+                place.copy_(sums)
         return out
 
-    def _sums(self, begin: int, end: int, low: int, high: int, total: Tensor, spare: Tensor | None) -> Tensor:
-        """Of a range of the head's rows, to which the shared tokens `low` to `high` belong."""
+    def _add_up(self, begin: int, end: int, low: int, high: int, total: Tensor, spare: Tensor | None) -> None:
+        """Writes the float32 sums of a range of the head's rows, to which the shared tokens `low` to `high` belong."""
         first, shared = self.placed.first, self.shared if high > low else None
         if self.whole is not None:
             self.whole.weight(begin, end, total)
@@ -178,12 +178,6 @@ class HeadGradient:
             inside = (ids >= begin) & (ids < end)
             ids = (ids - begin).clamp_(0, end - begin - 1)
             add_weight_gradient(total, gradient.masked_fill(~inside, 0), self.hidden, rows, ids)
-        return total
-
-
-def padded(make: Callable[..., Tensor], rows: int, columns: int, **options) -> Tensor:
-    """[rows, columns], whose rows begin at multiples of PAD elements: products with odd rows would be slow."""
-    return make(rows, -(-columns // PAD) * PAD, **options)[:, :columns]
 
 
 def ranges(rows: int, width: int) -> list[tuple[int, int]]:
