@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
 from simct_kernels.options import LossOptions
-from simct_kernels.triton_backend import indexed, linear, linear_simct_loss, simct_loss, small, softmax, tiles
+from simct_kernels.triton_backend import combine, indexed, linear, linear_simct_loss, simct_loss, small, softmax, tiles
 from simct_kernels.triton_backend.scores import Side
 
 TARGETS = {
@@ -100,9 +100,11 @@ class Launch:
         optional += [
             n
             for n in given
-            if n in ("shared_index", "tokens", "logsumexp", "student_targets", "bias", "wanted", "gradient")
+            if n in ("shared_index", "tokens", "logsumexp", "student_targets", "bias", "wanted", "gradient", "whole")
         ]
-        read = next(types[name][1:] for name in ("values", "student", "weight", "hidden", "partial") if name in types)
+        read = next(
+            types[name][1:] for name in ("values", "student", "weight", "hidden", "partial", "out") if name in types
+        )
         return " ".join([read, *(f"{k}={v}" for k, v in values.items()), *optional])
 
     def compile(self, target: GPUTarget):
@@ -213,6 +215,9 @@ def _run_linear(full_head: bool, gradient_dtype: torch.dtype, **options) -> None
 
     with mock.patch.object(linear, "write_gradient", like):
         _call_linear(full_head, options)
+    sums, index, scale = torch.zeros(_WIDTH, 16), torch.zeros(_WIDTH, dtype=torch.int32), torch.ones(())
+    for each in (sums, None):
+        combine.combine(sums.to(gradient_dtype), each, sums, index, scale, 0, 0, _SIZE)
 
 
 def _call_linear(full_head: bool, options: dict) -> None:
