@@ -1,9 +1,22 @@
 """Models and tokenizers by name, with errors that say which of the two could not be loaded."""
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from pathlib import Path
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from simct.console import error_line
 
 # Arguments of from_pretrained that say where something comes from, and so hold for the tokenizer too.
 SOURCE = ("gguf_file", "revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only")
+
+# Left out, transformers asks on the terminal whether to run a folder's own code.
+NO_CODE = {"trust_remote_code": False}
 
 
 def load_model(model: str | PreTrainedModel, name: str, **kwargs) -> PreTrainedModel:
@@ -11,9 +24,11 @@ def load_model(model: str | PreTrainedModel, name: str, **kwargs) -> PreTrainedM
     if not isinstance(model, str):
         return model
     try:
-        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name} {model!r} cannot be loaded as a causal language model: {error}") from error
+        return AutoModelForCausalLM.from_pretrained(model, **NO_CODE | kwargs)
+    except Exception as error:  # broken weights or configurations have errors of their own libraries
+        raise ValueError(
+            f"{name} {model!r} cannot be loaded as a causal language model: {error_line(error)}"
+        ) from error
 
 
 def load_tokenizer(
@@ -24,9 +39,22 @@ def load_tokenizer(
         return tokenizer
     folder = model if isinstance(model, str) else model.name_or_path
     try:
-        return AutoTokenizer.from_pretrained(folder, **{k: v for k, v in kwargs.items() if k in SOURCE})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the {name}'s tokenizer cannot be loaded from {folder!r}: {error}") from error
+        return AutoTokenizer.from_pretrained(folder, **NO_CODE | {k: v for k, v in kwargs.items() if k in SOURCE})
+    except Exception as error:  # a broken tokenizer.json is a bare Exception
+        raise ValueError(f"the {name}'s tokenizer cannot be loaded from {folder!r}: {error_line(error)}") from error
+
+
+def load_generation_config(folder: str, name: str, **kwargs) -> GenerationConfig | None:
+    """The generation configuration of a model's folder, None where there is none. ValueError if it cannot be read."""
+    source = {k: v for k, v in kwargs.items() if k in SOURCE and k not in ("gguf_file", "trust_remote_code")}
+    try:
+        return GenerationConfig.from_pretrained(folder, **source)
+    except Exception as error:
+        if isinstance(error, OSError) and not (Path(folder) / "generation_config.json").is_file():
+            return None
+        raise ValueError(
+            f"the {name}'s generation_config.json cannot be read from {folder!r}: {error_line(error)}"
+        ) from error
 
 
 def with_adapter(model: PreTrainedModel, peft_config):

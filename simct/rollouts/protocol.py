@@ -44,10 +44,13 @@ class Sampling:
             raise ValueError("end_ids is empty: expected at least one token id that ends a response")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: expected at least 1")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}: expected 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: expected a number in (0, 1]")
+        for stop in self.stop_strings:
+            if not isinstance(stop, str) or not stop or not is_text(stop):
+                raise ValueError(f"stop_strings holds {stop!r}: expected texts of at least one character")
 
     def generation_config(self) -> GenerationConfig:
         greedy = self.temperature == 0
@@ -67,6 +70,11 @@ class Sampling:
             if token in self.end_ids:
                 return Response(list(token_ids[: position + 1]), "stop")
         return Response(list(token_ids), "length")
+
+
+def is_text(string: str) -> bool:
+    """Whether it can be written as UTF-8: a byte of a command line that is no character cannot."""
+    return not any("\ud800" <= c <= "\udfff" for c in string)
 
 
 def cut_at_stop_string(response: Response, pieces: Sequence[bytes | None], stop_strings: Sequence[str]) -> Response:

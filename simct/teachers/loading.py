@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
-from simct.models.loading import SOURCE, load_model, load_tokenizer
+from simct.models.loading import SOURCE, load_generation_config, load_model, load_tokenizer
 from simct.teachers.local import LocalTeacher
 from simct.teachers.served import ServedTeacher, check_objective, check_server_options
 
@@ -66,10 +66,7 @@ def load_served(
         raise ValueError(f"{label} is a {type(folder).__name__}, but teacher_url is given: expected its name or folder")
     source = {k: v for k, v in (args.teacher_model_init_kwargs or {}).items() if k in SOURCE}
     tokenizer = load_tokenizer(tokenizer, folder, label, **source)
-    try:
-        generation = GenerationConfig.from_pretrained(folder, **{k: v for k, v in source.items() if k != "gguf_file"})
-    except OSError:  # a folder with only a tokenizer
-        generation = None
+    generation = load_generation_config(folder, label, **source)
     options = args.teacher_server_kwargs or {}
     check_server_options(options)
     return ServedTeacher(url, tokenizer, top_k=args.teacher_top_k, generation_config=generation, **options)

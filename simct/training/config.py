@@ -1,7 +1,7 @@
 """`SimCTConfig`: every option of a run, on top of `transformers.TrainingArguments`."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
@@ -25,12 +25,27 @@ def one_of(name: str, value, choices) -> None:
 
 def from_json(name: str, value):
     """A mapping given as JSON on the command line; anything else as it is."""
-    if not isinstance(value, str) or not value.startswith("{"):
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError(f"a key is there twice among {', '.join(key for key, _ in pairs)}")
+        return found
+
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
+        return json.loads(value, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is {value!r}: expected a JSON object ({error})") from None
+
+
+def mapping(name: str, value, otherwise: str = ""):
+    """`from_json`, or None. ValueError for what is no mapping; `otherwise`: text is as good, and this says what it stands for."""
+    found = from_json(name, value)
+    if found is None or isinstance(found, dict) or otherwise and isinstance(found, str):
+        return found
+    raise ValueError(f"{name} is {value!r}: expected {otherwise}a mapping (on the command line, a JSON object)")
 
 
 @dataclass
@@ -161,17 +176,18 @@ class SimCTConfig(TrainingArguments):
             self.metric_for_best_model = "reverse_kl_per_byte"
         if (self.metric_for_best_model or "").endswith("reverse_kl_per_byte") and self.greater_is_better is None:
             self.greater_is_better = False
+        self._check_numbers()
         super().__post_init__()
         for name in (
-            "special_tokens",
             "model_init_kwargs",
             "teacher_model_init_kwargs",
             "chat_template_kwargs",
             "teacher_chat_template_kwargs",
-            "teacher_url",
             "teacher_server_kwargs",
         ):
-            setattr(self, name, from_json(name, getattr(self, name)))
+            setattr(self, name, mapping(name, getattr(self, name)))
+        self.special_tokens = from_json("special_tokens", self.special_tokens)
+        self.teacher_url = mapping("teacher_url", self.teacher_url, "an address or ")
         if self.special_tokens != "auto" and not isinstance(self.special_tokens, dict):
             raise ValueError(
                 f"special_tokens is {self.special_tokens!r}: expected 'auto' or a mapping of student to teacher tokens"
@@ -193,11 +209,16 @@ class SimCTConfig(TrainingArguments):
         for name in "num_generations", "num_iterations", "eval_num_generations":
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if isinstance(self.stop_strings, str):
+            raise ValueError(f"stop_strings is {self.stop_strings!r}: expected a list of texts")
         if self.inspect_samples < 0:
             raise ValueError(f"inspect_samples is {self.inspect_samples}: expected at least 0")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise ValueError(f"max_tokens_per_batch is {self.max_tokens_per_batch}: expected at least 1, or none")
-        if self.kv_cache_gb is not None and not self.kv_cache_gb > 0:
+        share = self.vllm_gpu_memory_utilization
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"vllm_gpu_memory_utilization is {share}: expected a number in (0, 1], or none")
+        if self.kv_cache_gb is not None and not 0 < self.kv_cache_gb < float("inf"):
             raise ValueError(f"kv_cache_gb is {self.kv_cache_gb}: expected a number above 0, or none")
         if not self.max_logprob_gap > 0:
             raise ValueError(f"max_logprob_gap is {self.max_logprob_gap}: expected a number above 0")
@@ -218,6 +239,8 @@ class SimCTConfig(TrainingArguments):
                 "units is 'merged' and candidates is 'disjoint': expected candidates='paper' with merged units"
             )
         self.sampling(end_ids=(0,), pad_id=0)  # checks its own settings
+        if not 0 <= self.eval_temperature < float("inf"):
+            raise ValueError(f"eval_temperature is {self.eval_temperature}: expected 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}: expected at least 1, or none")
         if self.teacher_top_k < 1:
@@ -226,6 +249,22 @@ class SimCTConfig(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns is True: expected False, the trainer renders the prompt columns itself"
             )
+
+    def _check_numbers(self) -> None:
+        """What the Trainer's own arguments would let through, into a run without a step or with weights that are no numbers."""
+        for name in (known.name for known in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, float) and value != value:
+                raise ValueError(f"{name} is {value}: expected a number")
+        for name in "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps":
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if not 0 <= float(self.learning_rate) < float("inf"):
+            raise ValueError(f"learning_rate is {self.learning_rate}: expected a number of at least 0")
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs < float("inf"):
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}: expected a number above 0, or max_steps")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: expected a number in [0, 2^32)")
 
     def sampling(self, end_ids: tuple[int, ...], pad_id: int) -> Sampling:
         """How the rollouts are drawn."""

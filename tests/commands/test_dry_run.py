@@ -15,7 +15,7 @@ from bench import texts
 from simct import SimCTConfig
 from simct.commands.cli import RunArguments, main
 from simct.commands.dry_run import changes_that_fit, describe, meta_model, numbers_of
-from simct.commands.recipe import find_recipe, recipe_options
+from simct.commands.recipe import find_recipe, read_options
 from simct.demo import ASSETS
 from simct.training.memory import RESERVE, estimate, fits
 
@@ -45,7 +45,7 @@ def data(tmp_path):
 def arguments(pair: str, models, data, tmp_path, **changes):
     """What the command line makes of a recipe: the run, its configuration, and the recipe's options."""
     teacher, student = pair.split("_")
-    recipe = recipe_options(find_recipe(f"{pair}/distil"))
+    recipe = read_options(find_recipe(f"{pair}/distil"))
     run = RunArguments(str(models / student), str(models / teacher), str(data))
     known = {field.name for field in dataclasses.fields(SimCTConfig) if field.init}
     options = {k: v for k, v in recipe.items() if k not in ("student", "teacher", "data")} | {
