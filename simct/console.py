@@ -25,8 +25,9 @@ def error_line(error: BaseException | str) -> str:
     text = str(error)
     if isinstance(error, BaseException) and (not text or not isinstance(error, TELLING)):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    line = printable(" ".join(filter(None, map(str.strip, text.splitlines()))))
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ... ({len(line) - _LONGEST:,} characters more)"
+    text = " ".join(filter(None, map(str.strip, text.splitlines())))
+    more = len(text) - _LONGEST
+    return printable(text[:_LONGEST]) + (f" ... ({more:,} characters more)" if more > 0 else "")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from simct.console import error_line
+from simct.console import error_line, printable
 from simct.data.prompts import Prompt, prompt_of, render_prompt
 from simct.data.records import load_records, rows
 from simct.inspection.tables import coverage_table, pair_table
@@ -255,7 +255,7 @@ def options_table(run, config, recipe: Mapping[str, Any]) -> Table:
         origin = "recipe" if name in recipe and _same(value, given) else "command line"
         if origin == "command line" and name in recipe:
             origin += f" (recipe: {_show(given)})"
-        table.add_row(*(Text(text) for text in (name, _show(value), "" if needed else _show(usual), origin)))
+        table.add_row(*(Text(printable(text)) for text in (name, _show(value), "" if needed else _show(usual), origin)))
     return table
 
 

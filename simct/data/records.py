@@ -233,7 +233,9 @@ def _check_columns(source, columns: list[str]) -> None:
 
 def _text(record: Record, name: str) -> str | None:
     value = record.get(name)
-    if value is not None and not isinstance(value, str):
+    if value is None:
+        return None
+    if not isinstance(value, str):
         raise ValueError(f"field {name!r} is {short(value)}: expected a string")
     encodable(name, value)
     return value

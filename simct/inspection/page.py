@@ -211,7 +211,7 @@ def _stretch(stretch: Stretch, most: int | None = None) -> str:
         classes.append(f"d{bucket(stretch.score.teacher - stretch.score.student, DIFFERENCE_STEPS)}")
     rows = ""
     for side in stretch.student, stretch.teacher:
-        more = f'<i class="t">{left_out(side, most)}</i>' if left_out(side, most) else ""
+        more = f'<i class="more">{left_out(side, most)}</i>' if left_out(side, most) else ""
         rows += f'<span class="r">{"".join(map(_token, side[:most]))}{more}</span>'
     title = escape(describe(stretch, most))
     return f'<span class="{" ".join(classes)}" tabindex="0" role="group" title="{title}">{rows}</span>'
