@@ -4,7 +4,6 @@ A record has a `prompt`: a string, or a list of messages (`{"role": ..., "conten
 with `messages` instead is a whole conversation; its last assistant turn, if it ends with one, is left out.
 """
 
-import json
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -36,7 +35,6 @@ def prompt_of(record: dict[str, Any]) -> Prompt:
     if isinstance(prompt, str) and name == "prompt":
         if not prompt:
             raise ValueError("field 'prompt' is an empty string: expected text")
-        encodable(name, prompt)
         return prompt
     if not isinstance(prompt, list) or not prompt:
         text_or = "text or " if name == "prompt" else ""
@@ -44,7 +42,6 @@ def prompt_of(record: dict[str, Any]) -> Prompt:
     for i, message in enumerate(prompt):
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise ValueError(f"field {name!r}, message {i} is {short(message)}: expected strings 'role' and 'content'")
-    encodable(name, prompt)
     # A table gives every message every key that one of them has: templates would take an empty one for given.
     return [{key: value for key, value in message.items() if value is not None} for message in prompt]
 
@@ -88,16 +85,6 @@ def render_prompt(
             raise ValueError(f"prompt {short(prompt)} has no tokens, and the tokenizer no token to begin a text with")
         ids = [start]
     return ids
-
-
-def encodable(name: str, value: Any) -> None:
-    """ValueError for half of a character (a lone surrogate) in a field's text, or in any text of its messages: no tokenizer takes
-    it."""
-    try:
-        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise ValueError(f"field {name!r} holds half a character ({half!r}, a lone surrogate): expected text") from None
 
 
 def short(value: Any, limit: int = 60) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from simct.console import error_line
-from simct.data.prompts import Prompt, encodable, prompt_of, short
+from simct.data.prompts import Prompt, prompt_of, short
 from simct.data.sources import (
     Places,
     Record,
@@ -129,9 +129,9 @@ def reference_answer(record: Record) -> str | None:
         return None
     if messages[-1].get("role") != "assistant":
         return None
-    encodable("messages", messages[-1])
     if not isinstance(messages[-1].get("content"), str):
         raise ValueError(f"field 'messages', the last message is {short(messages[-1])}: expected a string 'content'")
+    _encodable("messages", messages[-1]["content"])
     return messages[-1]["content"]
 
 
@@ -237,8 +237,16 @@ def _text(record: Record, name: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise ValueError(f"field {name!r} is {short(value)}: expected a string")
-    encodable(name, value)
+    _encodable(name, value)
     return value
+
+
+def _encodable(name: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"field {name!r} holds half a character ({half!r}, a lone surrogate): expected text") from None
 
 
 def _warn(text: str) -> None:

@@ -70,7 +70,7 @@ def token_bytes(tokenizer) -> list[bytes | None]:
         raise ValueError(f"{name} is a {model} tokenizer with decoder {kinds}; {_SUPPORTED}")
 
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    last = max(vocabulary, key=vocabulary.get, default="")
+    last = max(vocabulary, key=vocabulary.__getitem__, default="")
     size = vocabulary.get(last, -1) + 1
     if size > max(_MOST_GAPS * len(vocabulary), 2**20):
         raise ValueError(f"{name} gives its token {last!r} the id {size - 1:,}, but has {len(vocabulary):,} tokens")
