@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.utils import is_flash_attn_2_available
 
 from simct.rollouts.draws import UniformDraws, uniform_numbers
@@ -233,6 +234,8 @@ def make_engine(
     if engine == "static" or (engine == "auto" and model.device.type == "cpu"):
         return StaticBatching(model, tokenizer=tokenizer)
     try:
+        if not hasattr(ContinuousBatchingManager, "pause"):
+            raise ImportError("transformers 5.18 or newer is needed for it")
         ContinuousBatching(model).generate([[0, 1]], Sampling(end_ids=(0,), pad_id=0, max_new_tokens=2), seed=0)
         warn_of_lost_softcap(model)
         return ContinuousBatching(model, kv_cache_gb=kv_cache_gb)
