@@ -325,7 +325,9 @@ def add_gradient(
         by_target = by_terms(by_continuation, part, options)
     if scores.logits is None:
         for rows in row_blocks(*s.shape, s.device):
-            by_shared[rows] *= student.slope(s[rows])
+            slope = student.slope(s[rows])
+            if isinstance(slope, Tensor) or slope != 1:
+                by_shared[rows].mul_(slope)
         if chosen is None:
             student.add_shared(part.first_rows, by_shared)
         elif picks:
