@@ -189,6 +189,7 @@ def evaluate(model_args: dict[str, str], tasks: list, options: EvalArguments) ->
     """`lm_eval.simple_evaluate` on the checkpoint. ValueError if that cannot be loaded, or has no chat template but needs one."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     batch_size = int(options.batch_size) if options.batch_size.isdecimal() else options.batch_size
     device = {} if options.device is None else {"device": options.device}
@@ -224,6 +225,7 @@ def evaluate(model_args: dict[str, str], tasks: list, options: EvalArguments) ->
         apply_chat_template=options.apply_chat_template,
         gen_kwargs=options.gen_kwargs,
         confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+        task_manager=TaskManager(include_defaults=False),  # the tasks are there: its own need not be indexed again
     )
 
 

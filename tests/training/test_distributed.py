@@ -1,8 +1,6 @@
 """Two processes (gloo, on the CPU) against one, whole or sharded: the same prompts, the same losses, the same weights."""
 
-import os
-import subprocess
-import sys
+import socket
 
 import pytest
 import torch
@@ -53,29 +51,35 @@ if trainer.is_world_process_zero():
 """
 
 
-def run(tmp_path, processes: int, batch_size: int, kind: str = "whole") -> dict:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run(programs, tmp_path, processes: int, batch_size: int, kind: str = "whole") -> dict:
     script, result = tmp_path / "run.py", tmp_path / f"{processes}-{kind}"
     script.write_text(RUN)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [
-        sys.executable,
-        *(launcher if processes > 1 else []),
-        *(str(script), str(tmp_path / "out"), str(result), str(batch_size), kind),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [script, tmp_path / "out", result, batch_size, kind]
+    launched = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = []
+    for rank in map(str, range(processes)):
+        environment = launched | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+        started.append(programs.start(command, tmp_path / f"output-{kind}-{rank}", module=False, **environment))
+    for program in started:
+        assert program.finish() == 0, program.output.read_text()[-3000:]
     return torch.load(result, weights_only=True)
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("one"), 1, 8)
+def one(programs, tmp_path_factory):
+    return run(programs, tmp_path_factory.mktemp("one"), 1, 8)
 
 
 @pytest.mark.parametrize("kind", ["whole", "fsdp"])
-def test_two_processes_equal_one(tmp_path, one, kind):
-    ours, theirs = one, run(tmp_path, 2, 4, kind)
+def test_two_processes_equal_one(programs, tmp_path, one, kind):
+    ours, theirs = one, run(programs, tmp_path, 2, 4, kind)
     names = (
         "loss",
         "loss/single",
