@@ -16,7 +16,12 @@ NARROW = {"finish_kernel", "mixture_kernel", "small_kernel"}
 MATRIX = {"80": "mma.sync", "90": "wgmma", "100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 
-@pytest.fixture(scope="module", params=ARCHS)
+QUICK = "90"  # a minute of a core each: the other three are `slow`
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(arch, marks=() if arch == QUICK else pytest.mark.slow) for arch in ARCHS]
+)
 def report(request):
     """In a process of its own: this one has the interpreter in the compiler's place."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
