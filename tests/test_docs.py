@@ -5,6 +5,8 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
+
 from bench.record import REPOSITORY
 
 BUILD = REPOSITORY / "docs" / "build.py"
@@ -39,6 +41,7 @@ def test_api_reference_builds(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_types_of_the_public_surface(tmp_path):
     """As pyproject.toml says; and a program that uses them wrongly is told so."""
     program = tmp_path / "program.py"

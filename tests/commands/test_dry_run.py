@@ -96,6 +96,7 @@ def test_from_the_command_line(pair, step, models, data, tmp_path, capsys):
     assert "It fits:" in " ".join(output.split())
 
 
+@pytest.mark.slow
 def test_a_real_tokenizer(models, data, tmp_path, qwen):
     """Qwen's own, of 151,665 tokens, in a folder of its own."""
     shutil.copytree(models / "qwen2.5-7b", tmp_path / "qwen")
