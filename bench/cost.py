@@ -3,7 +3,7 @@
     python -m bench --suite cost
 
 Runs in a process of its own, where Triton's interpreter executes the kernels on small shapes: bytes by launch
-(`simct_kernels.triton_backend.traffic`) and torch's products (`torch.utils.flop_counter`). For the real shapes the floor is
+(`bench.traffic`) and torch's products (`torch.utils.flop_counter`). For the real shapes the floor is
 put against ceilings measured on an H100 and an H200: a prediction, with a column for what the first run on one measures.
 """
 
@@ -63,7 +63,7 @@ def _read(path: Path) -> list[dict]:
 
 def launches() -> Iterator[dict]:
     """Every launch of `simct_loss` on the small cases, and the sums of its passes beside the floor's bytes."""
-    from simct_kernels.triton_backend.traffic import count_traffic
+    from bench.traffic import count_traffic
 
     for case in SMALL:
         problem = Problem(case.replace(form="logits"), torch.device("cpu"))

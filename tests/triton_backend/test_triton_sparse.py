@@ -266,7 +266,7 @@ def test_top_k_16_of_single_units_costs_at_most_what_it_should():
     pytest.importorskip("triton.runtime.interpreter")
     if triton_cases.DEVICE != "cpu":
         pytest.skip("traffic is counted in the interpreter")
-    from simct_kernels.triton_backend.traffic import count_traffic
+    from bench.traffic import count_traffic
 
     k = 16
     problem = singles(shared_size=320, student_vocabulary=403, teacher_vocabulary=371)
