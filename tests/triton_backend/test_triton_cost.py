@@ -21,6 +21,7 @@ TEXTS = {"mixed": MIXED, "single": [(1, 1)] * 9, "longer": [(2, 1), (1, 3), (6, 
 def test_linear_loss_multiplies_what_it_must(monkeypatch, text, backend):
     """Each kind of unit by itself, as where there are many of each."""
     monkeypatch.setitem(plan.MERGE_ROWS, "cpu", (0, 0))
+    monkeypatch.setattr(plan, "MERGE_ROWS_ELSEWHERE", (0, 0))
     problem = make_problem(TEXTS[text], dtype=torch.float32, bias=False, shared_size=1020, student_vocabulary=2040,
                            teacher_vocabulary=1530)  # fmt: skip
     with FlopCounterMode(display=False) as counter:
