@@ -1,5 +1,6 @@
 """Models and tokenizers by name, with errors that say which of the two could not be loaded."""
 
+import warnings
 from pathlib import Path
 
 from transformers import (
@@ -19,16 +20,38 @@ SOURCE = ("gguf_file", "revision", "trust_remote_code", "token", "subfolder", "c
 NO_CODE = {"trust_remote_code": False}
 
 
-def load_model(model: str | PreTrainedModel, name: str, **kwargs) -> PreTrainedModel:
-    """A path or hub name loaded as a causal language model; a model is passed through. ValueError if it cannot be loaded."""
+def load_model(
+    model: str | PreTrainedModel, name: str, *, allow_missing_weights: bool = False, **kwargs
+) -> PreTrainedModel:
+    """A path or hub name loaded as a causal language model; a model is passed through.
+
+    ValueError if it cannot be loaded, or if its files lack tensors, or have them in another shape: such weights would be random.
+    `allow_missing_weights`: then a warning names them.
+    """
     if not isinstance(model, str):
         return model
+    # Of weights in another shape transformers' own error gives no names: it goes on, and they are named below.
+    kwargs = {"ignore_mismatched_sizes": True, **kwargs}
     try:
-        return AutoModelForCausalLM.from_pretrained(model, **NO_CODE | kwargs)
+        loaded, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **NO_CODE | kwargs)
     except Exception as error:  # broken weights or configurations have errors of their own libraries
         raise ValueError(
             f"{name} {model!r} cannot be loaded as a causal language model: {error_line(error)}"
         ) from error
+    # Weights that are tied to others are none of them, nor are buffers, which a model makes itself.
+    weights = {weight for weight, _ in loaded.named_parameters()}
+    random = [f"{key} (missing)" for key in sorted(weights.intersection(info["missing_keys"]))]
+    random += [
+        f"{key} ({tuple(found)} for {tuple(own)})" for key, found, own in info["mismatched_keys"] if key in weights
+    ]
+    if not random:
+        return loaded
+    more = f" and {len(random) - 5} more" if len(random) > 5 else ""
+    message = f"{name} {model!r} has weights that its files do not give, random ones: {', '.join(random[:5])}{more}"
+    if not allow_missing_weights:
+        raise ValueError(f"{message}; expected a whole model (allow_missing_weights=True goes on)")
+    warnings.warn(message, stacklevel=2)
+    return loaded
 
 
 def load_tokenizer(

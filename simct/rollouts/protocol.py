@@ -3,6 +3,7 @@
 An engine knows a model and its sampling settings; it knows no tokenizer, no teacher and no loss.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -13,6 +14,16 @@ IN_PROCESS = ("auto", "continuous", "static")  # with the student's own weights
 ENGINES = (*IN_PROCESS, "vllm", "vllm-server")
 
 
+def check_logprobs(logprobs: Sequence[float]) -> None:
+    """FloatingPointError unless the log-probabilities of a response's tokens are finite numbers."""
+    for position, value in enumerate(logprobs):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"token {position} of a sampled response has the log-probability {value}: the model's logits are no finite numbers "
+                "(weights that have diverged or are damaged, or a precision that does not hold its activations)"
+            )
+
+
 @dataclass(frozen=True)
 class Response:
     """One sampled response.
@@ -20,11 +31,16 @@ class Response:
     `token_ids` ends with the end-of-turn token exactly when `finish_reason` is "stop"; "stop_string": it ends with the token that
     completed a stop string; "length": its budget ran out. `logprobs`: log-probability of each token as the engine saw it (of the
     model's own distribution: temperature 1, no truncation), if the engine says so.
+
+    FloatingPointError for log-probabilities that are no finite numbers: such logits give tokens, but no sample of the model.
     """
 
     token_ids: list[int]
     finish_reason: Literal["stop", "stop_string", "length"]
     logprobs: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        check_logprobs(self.logprobs or ())
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.utils import is_flash_attn_2_available
 
 from simct.rollouts.draws import UniformDraws, uniform_numbers
-from simct.rollouts.protocol import IN_PROCESS, Response, RolloutEngine, Sampling
+from simct.rollouts.protocol import IN_PROCESS, Response, RolloutEngine, Sampling, check_logprobs
 
 
 class StaticBatching:
@@ -104,6 +104,11 @@ class ContinuousBatching:
             for i, r in enumerate(request_ids)
             if r not in results or results[r].error is not None
         ]
+        # What torch.multinomial says, on a CPU and on a GPU, whose context it leaves unusable.
+        if any("probability tensor contains" in m or "device-side assert" in m for m in failed):
+            raise FloatingPointError(
+                f"{type(self.model).__name__} cannot be sampled from: its logits are no finite numbers, it seems ({failed[0]})"
+            )
         if failed:
             raise RuntimeError(f"{len(failed)} of {len(prompts)} rollouts failed, the first: {failed[0]}")
         responses = []
@@ -113,6 +118,7 @@ class ContinuousBatching:
         for r in request_ids:
             response = sampling.response(results[r].generated_tokens)
             logprobs = list(getattr(results[r], "logprobs", None) or [])[: len(response.token_ids)]
+            check_logprobs(logprobs)
             if plain and len(logprobs) == len(response.token_ids):
                 response = replace(response, logprobs=logprobs)
             responses.append(response)

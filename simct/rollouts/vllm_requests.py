@@ -1,6 +1,7 @@
 """What both vLLM engines ask for and what they make of the answer: one request a prompt, token ids in, token ids out."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,9 +63,10 @@ def to_response(
     logprobs: Sequence[float] | None,
     sampling: Sampling,
 ) -> Response:
-    """RuntimeError for an answer that is not a response: an aborted request, or one whose parts contradict each other."""
+    """RuntimeError for an answer that is not a response: an aborted request, or one whose parts contradict each other;
+    FloatingPointError for log-probabilities that are no finite numbers (which JSON may write as null)."""
     token_ids = list(token_ids)
-    logprobs = None if logprobs is None else [float(value) for value in logprobs]
+    logprobs = None if logprobs is None else [math.nan if value is None else float(value) for value in logprobs]
     reason = "stop_string" if finish_reason == "stop" and isinstance(stop_reason, str) else finish_reason
     ended = bool(token_ids) and token_ids[-1] in sampling.end_ids
     if reason not in ("stop", "stop_string", "length") or (reason == "stop") != ended:

@@ -51,7 +51,7 @@ def load_teachers(
         options = {"dtype": dtype, **(args.teacher_model_init_kwargs or {})}
         if args.device.type == "cuda" and "attn_implementation" not in options and is_flash_attn_2_available():
             options["attn_implementation"] = "flash_attention_2"
-        model = load_model(model, label, **options)
+        model = load_model(model, label, allow_missing_weights=args.allow_missing_weights, **options)
         if model is student:
             raise ValueError(f"{label} is the student's own model object: it would be frozen, load it twice")
         found[name] = LocalTeacher(model, load_tokenizer(own, model, label, **options))

@@ -112,7 +112,14 @@ class SimCTConfig(TrainingArguments):
     packing: str = option("auto", "Packed forward passes without padding: auto (where the model allows it), on, off.")
     offload_teacher: bool = option(False, "Keep the teacher in main memory except while it scores.")
     on_nonfinite: str = option(
-        "stop", "A loss that is no number: stop the run, or skip the step. Either is written down."
+        "stop",
+        "A loss or gradient that is no number, or a step without a unit to learn from: stop the run, or skip the step. Either is "
+        "written down.",
+    )
+    allow_changed_run: bool = option(
+        False,
+        "Resume though data, seed, batch size or num_generations are not the checkpoint's: a warning, not an error; rollouts "
+        "in use are drawn anew.",
     )
 
     # Objective
@@ -168,6 +175,9 @@ class SimCTConfig(TrainingArguments):
     )
     teacher_model_init_kwargs: dict | str | None = option(
         None, "Keyword arguments of from_pretrained for the teacher, as JSON."
+    )
+    allow_missing_weights: bool = option(
+        False, "Train though a model's files lack some of its weights, which are then random: a warning, not an error."
     )
 
     def __post_init__(self) -> None:
