@@ -65,6 +65,8 @@ def train(argv: list[str]) -> None:
             resume = checkpoint(config.resume_from_checkpoint, config.output_dir)
             teacher = from_json("teacher", run.teacher)
             trainer = SimCTTrainer(run.student, teacher, config, records, held_out, peft_config=adapter)
+            if resume:
+                trainer.check_checkpoint(resume)
             if config.inspect_samples:
                 trainer.add_callback(SamplePages(trainer))
             bar = ProgressBar.install(trainer, console)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from simct.console import error_line
+from simct.data.prompts import short
 from simct.data.records import COLUMNS, place_of, reference_answer
 from simct.data.sources import dataset_rows
 from simct.models.checks import context_length
@@ -89,6 +90,22 @@ def usable_records(name: str, dataset, student: nn.Module, render, scorers: dict
         raise ValueError(f"{name} has no record that can be used; {first}")
     warnings.warn(f"{name}: {skipped} of {len(dataset)} records are skipped; {first}", stacklevel=3)
     return dataset.select(good) if hasattr(dataset, "select") else [dataset[i] for i in good], skipped
+
+
+def usable_of_stream(
+    records: list[dict], student: nn.Module, render, scorers: dict, config
+) -> tuple[list[dict], list[str]]:
+    """As `usable_records`, of a batch of a streamed data set: those that can be used, and what is wrong with the others."""
+    good, problems = [], []
+    for record in records:
+        try:
+            check_record(record, student, render, scorers, config)
+            good.append(record)
+        except ValueError as error:
+            problems.append(error_line(f"train_dataset, streamed record {short(record)}: {error}"))
+            if config.on_bad_row == "fail":
+                raise ValueError(problems[-1]) from error
+    return good, problems
 
 
 def check_record(record: dict, student: nn.Module, render, scorers: dict, config) -> None:
