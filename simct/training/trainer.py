@@ -154,6 +154,11 @@ class SimCTTrainer(Guards, Checkpoints, Evaluation, Trainer):
     ) -> tuple[list[dict], Tensor | None]:
         """Responses to the next `num_batches` batches of prompts, scored by their teachers. Returns the micro-batches and, over all
         processes, the number of response tokens that normalises their loss."""
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed from its last checkpoint: the Trainer would make one more step
+            self.control.should_training_stop = True
+            return [], None
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return [], None

@@ -46,6 +46,14 @@ def test_what_goes_on_equals_what_was_never_stopped(run, stopped):
     assert problem(folder / "checkpoint-4") is None and not (folder / SAVING).exists()
 
 
+def test_a_run_that_was_stopped_behind_its_last_step_makes_no_other(run, stopped):
+    trainer = run[1](max_steps=3)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+    saved = load_file(run[0] / "checkpoint-3" / "model.safetensors")
+    assert all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in saved.items())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
