@@ -5,6 +5,7 @@ up. Where, is drawn from all that is seen of a run (`Points`): before every chan
 middle of what writes weights, optimiser and state, and between the parts of a step.
 """
 
+import gc
 import json
 import os
 import random
@@ -138,6 +139,8 @@ def main(root: Path, kills: int, seed: int) -> dict:
     torch.set_num_threads(1)
     for side in "student", "teacher":
         tokenizer(str(ASSETS / side))
+    gc.collect()
+    gc.freeze()  # every `train()` collects garbage: it need not look through all that is imported
     draw = random.Random(seed)
     result, output = root / "result.json", root / "output.txt"
     assert fork(root / "whole", result, None, 0, None, output=output) == 0, output.read_text()

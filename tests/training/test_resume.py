@@ -169,17 +169,28 @@ def dying(*args, **kwargs):
     raise Died
 
 
+def dying_within_weights(model, folder, **kwargs):
+    os.makedirs(folder, exist_ok=True)
+    dying_within_a_file(None, os.path.join(folder, "model.safetensors"))
+
+
+def dying_within_a_file(content, path):
+    with open(path, "wb") as file:
+        file.write(b"half")
+    raise Died
+
+
 @pytest.mark.parametrize("at", ["save_pretrained", "torch.save", "write_last"])
 def test_a_checkpoint_is_written_again_beside_the_one_that_is_there(run, monkeypatch, at):
     folder, trainer = run
     before = files(folder / "checkpoint-3")
     again = trainer()
     target = {
-        "save_pretrained": (type(again.model), "save_pretrained"),
-        "torch.save": (torch, "save"),
-        "write_last": ("simct.training.checkpoints.write_last",),
+        "save_pretrained": (type(again.model), "save_pretrained", dying_within_weights),
+        "torch.save": (torch, "save", dying_within_a_file),
+        "write_last": ("simct.training.checkpoints.write_last", dying),
     }[at]
-    monkeypatch.setattr(*target, dying)
+    monkeypatch.setattr(*target)
     with pytest.raises(Died):
         again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert files(folder / "checkpoint-3") == before

@@ -1,8 +1,6 @@
 """A trainer of models so small that a step takes milliseconds; their tokenizers are the demo's."""
 
-import atexit
 import functools
-import gc
 
 import torch
 from test_trainer import PROMPTS, STUDENT, TEACHER, config
@@ -11,11 +9,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from simct import SimCTTrainer
 
 OPTIONS = dict(max_new_tokens=6, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[])
-
-# Every `train()` collects garbage, a second of it where all that is imported is looked through.
-gc.collect()
-gc.freeze()
-atexit.register(gc.unfreeze)
 
 
 @functools.cache
