@@ -126,6 +126,8 @@ class Usage:
     shared: int  # bytes
     programs: int  # that fit on one multiprocessor, by registers, threads and shared memory
     widest_load: int  # bytes that one thread reads at once
+    wide_loads: int  # of 16 bytes, in one thread's code
+    tile_loads: int  # as many as its part of the tiles of logits takes, where they lie in order; else 0
     int64_offsets: bool
     matrix: str  # the chip's matrix instruction, "fma" where a dot does without, "" without a dot
 
@@ -166,6 +168,7 @@ def _cases(quick: bool) -> Iterator:
             yield lambda dtype=dtype: _run_sparse(dtype, False)
     if quick:
         yield lambda: _run_logits(torch.bfloat16, one_vocabulary=True)
+        yield lambda: _run_linear(False, torch.bfloat16)
         return
     for dtype in (torch.float16, torch.float32):
         yield lambda dtype=dtype: _run_logits(dtype)
@@ -254,7 +257,8 @@ def usage(launch: Launch, arch: str) -> Usage:
     compiled = launch.compile(TARGETS[arch])
     assembly = compiled.asm["amdgcn" if TARGETS[arch].backend == "hip" else "ptx"]
     read = _read_amd if TARGETS[arch].backend == "hip" else _read_nvidia
-    registers, spills, by_registers, widest = read(compiled, launch.warps)
+    registers, spills, by_registers = read(compiled, launch.warps)
+    loads = [width for line in assembly.splitlines() if (width := _load_width(line))]
     shared = compiled.metadata.shared
     by_shared = _SHARED[arch][1] // (shared + 1024) if shared else by_registers
     programs = min(by_registers, by_shared, 2048 // (launch.warps * TARGETS[arch].warp_size))
@@ -265,11 +269,51 @@ def usage(launch: Launch, arch: str) -> Usage:
     if "tt.dot" in compiled.asm["ttir"]:
         matrix = _MATRIX[arch] if _MATRIX[arch] in assembly else "fma"
     return Usage(
-        name, launch.describe(), arch, launch.warps, registers, spills, shared, programs, widest, narrow is None, matrix
+        name,
+        launch.describe(),
+        arch,
+        launch.warps,
+        registers,
+        spills,
+        shared,
+        programs,
+        max(loads, default=0),
+        loads.count(16),
+        _tile_loads(launch, TARGETS[arch].warp_size),
+        narrow is None,
+        matrix,
     )
 
 
-def _read_nvidia(compiled, warps: int) -> tuple[int, int, int, int]:
+_SIDES = {"candidate_kernel": ("student", "teacher"), "gradient_kernel": ("student", "teacher")}
+_SIDES |= {"logsumexp_kernel": ("values",), "softmax_kernel": ("values",)}
+
+
+def _tile_loads(launch: Launch, warp: int) -> int:
+    """The loads of 16 bytes that one thread reads its part of the tiles with; 0 where a table says where they lie."""
+    types, constants = dict(launch.signature), dict(launch.constants)
+    tables = ("student_ids", "teacher_ids", "shared_index", "rest")
+    if any(types.get(table, "").startswith("*") for table in tables):
+        return 0
+    sizes = [4 if types[side] == "*fp32" else 2 for side in _SIDES.get(launch.kernel.__name__, ())]
+    return sum(constants.get("ROWS", 1) * constants["BLOCK"] * size for size in sizes) // (launch.warps * warp * 16)
+
+
+_AMD_LOADS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "sshort": 2, "ubyte": 1, "sbyte": 1}
+
+
+def _load_width(line: str) -> int:
+    """In bytes; 0 of what is no load."""
+    if found := re.search(r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)", line):
+        return int(found.group(1) or 1) * int(found.group(2)) // 8
+    if found := re.search(r"cp\.async\.\S+ \[[^]]*\], \[[^]]*\], (0x\w+|\d+)", line):
+        return int(found.group(1), 0)
+    if found := re.search(r"(?:global|buffer|flat)_load_(dword(?:x\d)?|[a-z]+)", line):
+        return _AMD_LOADS.get(found.group(1), 2)
+    return 0
+
+
+def _read_nvidia(compiled, warps: int) -> tuple[int, int, int]:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -277,16 +321,10 @@ def _read_nvidia(compiled, warps: int) -> tuple[int, int, int, int]:
         text = subprocess.run([tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     warp_registers = -(-numbers["REG"] * 32 // 256) * 256  # given out 256 at a time
-    ptx = compiled.asm["ptx"]
-    widest = 0
-    for vector, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)", ptx):
-        widest = max(widest, int(vector or 1) * int(bits) // 8)
-    for size in re.findall(r"cp\.async\.\S+ \[[^]]*\], \[[^]]*\], (0x\w+|\d+)", ptx):
-        widest = max(widest, int(size, 0))
-    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], 65536 // (warp_registers * warps), widest
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], 65536 // (warp_registers * warps)
 
 
-def _read_amd(compiled, warps: int) -> tuple[int, int, int, int]:
+def _read_amd(compiled, warps: int) -> tuple[int, int, int]:
     text = compiled.asm["amdgcn"]
 
     def number(key: str) -> int:
@@ -296,9 +334,7 @@ def _read_amd(compiled, warps: int) -> tuple[int, int, int, int]:
     # Scalar registers spill into lanes of vector registers: memory is touched only where there is a private segment.
     spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
     waves = min(8, 512 // (-(-registers // 8) * 8)) * 4  # of the compute unit's four SIMDs
-    loads = {"x4": 16, "x3": 12, "x2": 8, "": 4}
-    found = re.findall(r"(?:global|buffer|flat)_load_dword(x\d)?\b", text)
-    return registers, spills, waves // warps, max((loads[width] for width in found), default=2)
+    return registers, spills, waves // warps
 
 
 def measure(archs: list[str], quick: bool = False) -> list[Usage]:

@@ -310,9 +310,5 @@ def test_quick_run(tmp_path):
     assert any(row["case"] == "micro" and row["median_s"] for row in results)
     for name in ("scaling", "comparison", "ceilings"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert {row["kernel"] for row in read(tmp_path / "launches.csv")} > {"all"}
-    for row in read(tmp_path / "products.csv"):
-        of_floor = float(row["flops / floor"])
-        # Fused tiles, none of them skipped here, make both sides' logits a second time.
-        assert 0.9 < of_floor < 1.02, row
+    assert {row["stage"] for row in read(tmp_path / "counted.csv")} > {"all"}
     assert all(row["measured_ms"] == "" for row in read(tmp_path / "predictions.csv"))
