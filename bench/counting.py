@@ -123,6 +123,7 @@ class Counter(TorchDispatchMode):
             "candidate_kernel": self._candidates,
             "logsumexp_kernel": self._logsumexp,
             "gradient_kernel": self._gradient,
+            "combine_kernel": self._combine,
         }
         if kernel in account:
             self.operations.append(account[kernel](values))
@@ -152,6 +153,10 @@ class Counter(TorchDispatchMode):
         own = count * v["width"] * v["student"].element_size()
         teacher, cached = _shared_columns(v, "teacher", units, v["size"])
         return Operation("gradient_kernel", "tile passes: gradient", own + teacher, _bytes(v["out"]), own + cached)
+
+    def _combine(self, v: dict) -> Operation:
+        read = sum(_bytes(v[name]) for name in ("whole", "shared", "shared_index"))
+        return Operation("combine_kernel", "gradients put together and rounded", read, _bytes(v["out"]))
 
 
 def _shared_columns(v: dict, side: str, rows: int, shared: int) -> tuple[int, int]:

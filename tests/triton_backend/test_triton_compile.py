@@ -10,7 +10,7 @@ import pytest
 ARCHS = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}  # shared memory of one program, bytes
 # What reads logits, or rows of a head or of hidden states; what makes logits of them; what reads a few numbers a unit.
 WIDE = {"logsumexp_kernel", "candidate_kernel", "gradient_kernel", "softmax_kernel"}
-WIDE |= {"pick_kernel", "hidden_gradient_kernel", "weight_gradient_kernel", "join_kernel"}
+WIDE |= {"pick_kernel", "hidden_gradient_kernel", "weight_gradient_kernel", "join_kernel", "combine_kernel"}
 DOTS = {}
 NARROW = {"finish_kernel", "mixture_kernel", "small_kernel"}
 MATRIX = {"80": "mma.sync", "90": "wgmma", "100": "tcgen05.mma", "gfx942": "v_mfma"}
