@@ -44,9 +44,6 @@ TARGETS = {
 _SHARED = {"80": (163 << 10, 164 << 10), "90": (227 << 10, 228 << 10), "100": (227 << 10, 228 << 10)}
 _SHARED["gfx942"] = (64 << 10, 64 << 10)
 
-# The instruction by which each chip multiplies matrices at full rate, as its assembly names it.
-_MATRIX = {"80": "mma.sync", "90": "wgmma", "100": "tcgen05.mma", "gfx942": "v_mfma"}
-
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -129,7 +126,6 @@ class Usage:
     wide_loads: int  # of 16 bytes, in one thread's code
     tile_loads: int  # as many as its part of the tiles of logits takes, where they lie in order; else 0
     int64_offsets: bool
-    matrix: str  # the chip's matrix instruction, "fma" where a dot does without, "" without a dot
 
 
 def launches(arch: str, quick: bool = False) -> list[Launch]:
@@ -265,9 +261,6 @@ def usage(launch: Launch, arch: str) -> Usage:
     name = launch.kernel.__name__
     # A row times a stride is a product of 64 bits; nothing but scalars, the places of programs, is multiplied in 32.
     narrow = re.search(r"arith\.muli.*: tensor<\S*xi32>", compiled.asm["ttir"])
-    matrix = ""
-    if "tt.dot" in compiled.asm["ttir"]:
-        matrix = _MATRIX[arch] if _MATRIX[arch] in assembly else "fma"
     return Usage(
         name,
         launch.describe(),
@@ -281,7 +274,6 @@ def usage(launch: Launch, arch: str) -> Usage:
         loads.count(16),
         _tile_loads(launch, TARGETS[arch].warp_size),
         narrow is None,
-        matrix,
     )
 
 
@@ -354,12 +346,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps([dataclasses.asdict(one) for one in found]))
         return
     print(
-        f"{'arch':7}{'kernel':21}{'regs':>5}{'spills':>7}{'shared':>7}{'warps':>6}{'programs':>9}{'load':>5}  {'matrix':12}variant"
+        f"{'arch':7}{'kernel':21}{'regs':>5}{'spills':>7}{'shared':>7}{'warps':>6}{'programs':>9}{'load':>5}  variant"
     )
     for one in found:
         print(
             f"{one.arch:7}{one.kernel:21}{one.registers:5}{one.spills:7}{one.shared:7}{one.warps:6}"
-            f"{one.programs:9}{one.widest_load:5}  {one.matrix:12}{one.variant}"
+            f"{one.programs:9}{one.widest_load:5}  {one.variant}"
         )
 
 
