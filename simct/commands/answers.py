@@ -20,7 +20,7 @@ from rich.progress import Progress
 from simct.commands.journal import Journal
 from simct.commands.options import OptionParser
 from simct.console import before_work, console, printable
-from simct.data.prompts import Prompt, prompt_of, render_prompt
+from simct.data.prompts import PROMPT_FORMATS, Prompt, prompt_of, render_prompt
 from simct.data.records import load_records, place_of, rows
 from simct.files import check_file, is_ordinary, replaced
 from simct.models.loading import load_model, load_tokenizer
@@ -61,7 +61,7 @@ class AnswerArguments:
     seed: int = field(default=0, metadata={"help": "Of the samples."})
 
     def __post_init__(self) -> None:
-        for name, choices in (("keep", KEEP), ("columns", COLUMNS)):
+        for name, choices in (("keep", KEEP), ("columns", COLUMNS), ("prompt_format", PROMPT_FORMATS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}")
         if self.samples < 1:

@@ -29,6 +29,8 @@ def load_model(
     `allow_missing_weights`: then a warning names them.
     """
     if not isinstance(model, str):
+        if not callable(model):
+            raise ValueError(f"{name} is {model!r}: expected a path, a hub name or a model")
         return model
     # Of weights in another shape transformers' own error gives no names: it goes on, and they are named below.
     kwargs = {"ignore_mismatched_sizes": True, **kwargs}
@@ -81,7 +83,7 @@ def load_generation_config(folder: str, name: str, **kwargs) -> GenerationConfig
 
 
 def with_adapter(model: PreTrainedModel, peft_config):
-    """The model with a PEFT adapter in its layers. ValueError for an adapter that adds tokens to the prompt."""
+    """The model with a PEFT adapter in its layers. ValueError for one that does not fit, or that adds tokens to the prompt."""
     from peft import get_peft_model, prepare_model_for_kbit_training
 
     if peft_config.is_prompt_learning:
@@ -94,4 +96,7 @@ def with_adapter(model: PreTrainedModel, peft_config):
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # bitsandbytes packs weights on a CPU when something is sampled, and no gradient passes what it packed.
                 module.support_avx512bf16_for_cpu = False
-    return get_peft_model(model, peft_config)
+    try:
+        return get_peft_model(model, peft_config)
+    except Exception as error:  # PEFT looks at its options where it uses them
+        raise ValueError(f"peft_config does not fit the student: {error_line(error)}") from error

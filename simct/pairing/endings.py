@@ -30,11 +30,13 @@ def end_ids(tokenizer, generation_config=None, chat: bool = True) -> tuple[int, 
 
     Without a chat template, or with `chat=False`, the primary one is the first of the generation config's, then the tokenizer's
     `eos_token_id`, then the first known name among the special tokens. Empty if there is none at all. ValueError for a chat
-    template that does not come to an end.
+    template that does not come to an end, and for an `eos_token_id` that is none.
     """
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     configured = getattr(generation_config, "eos_token_id", None)
     configured = [] if configured is None else list(configured) if isinstance(configured, Sequence) else [configured]
+    if not all(isinstance(i, int) for i in configured):
+        raise ValueError(f"eos_token_id of the generation configuration is {configured!r}: expected token ids")
     known = [] if configured else [special[name] for name in _KNOWN_ENDINGS if name in special]
     if "<|return|>" in special and not configured:
         known = [i for i in known if i != special.get("<|end|>")]
@@ -43,7 +45,7 @@ def end_ids(tokenizer, generation_config=None, chat: bool = True) -> tuple[int, 
     plain = [*configured, *([] if eos is None else [eos])]
     ended = [] if template is None else [template]
     found = [*ended, *plain, *known] if chat else [*plain, *ended, *known]
-    return tuple(dict.fromkeys(int(i) for i in found))
+    return tuple(dict.fromkeys(found))
 
 
 def _template_ending(tokenizer, special: dict[str, int]) -> int | None:

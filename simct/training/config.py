@@ -194,6 +194,7 @@ class SimCTConfig(TrainingArguments):
             "chat_template_kwargs",
             "teacher_chat_template_kwargs",
             "teacher_server_kwargs",
+            "lr_scheduler_kwargs",
         ):
             setattr(self, name, mapping(name, getattr(self, name)))
         self.special_tokens = from_json("special_tokens", self.special_tokens)

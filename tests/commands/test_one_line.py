@@ -74,6 +74,12 @@ def test_a_broken_generation_config_is_not_taken_for_none(ended, model):
     assert ended("inspect", STUDENT, folder).code == 0
 
 
+def test_an_end_of_turn_that_is_no_id(ended, model):
+    folder = model()
+    (folder / "generation_config.json").write_text('{"eos_token_id": ["<eos>"]}')
+    assert "eos_token_id of the generation configuration is ['<eos>']" in ended("inspect", folder, TEACHER).error
+
+
 def test_a_broken_adapter(ended, tmp_path, monkeypatch):
     monkeypatch.setattr("simct.commands.eval.find_spec", lambda name: True)
     (tmp_path / "adapter").mkdir()
@@ -167,6 +173,22 @@ def test_markup_in_a_path_is_a_path(ended, tmp_path):
 def test_the_terminal_reads_no_markup(capsys):
     console.print("[/x] :100:", highlight=False)
     assert capsys.readouterr().out == "[/x] :100:\n"
+
+
+def test_answers_go_to_devices_and_names_of_every_kind(ended, tmp_path):
+    """No file is left beside a device; a name may be markup, or no UTF-8."""
+    (tmp_path / "data.jsonl").write_text('{"prompt": "x"}\n')
+    (tmp_path / "null").symlink_to("/dev/null")
+    options = ["--model", TEACHER, "--data", "data.jsonl", "--samples", 1, "--max_new_tokens", 2, "--dtype", "float32"]
+    for output, shown in (
+        ("null", "null"),
+        ("[/x].jsonl", "[/x].jsonl"),
+        (os.fsdecode(b"\xff.jsonl"), "\\udcff.jsonl"),
+    ):
+        result = ended("answers", *options, "--output", output)
+        assert result.code == 0 and result.out.endswith(f"answers: {shown}\n")
+        assert os.path.lexists(output)
+    assert (tmp_path / "null").is_symlink() and len(list(tmp_path.rglob("*.partial"))) == 0
 
 
 def test_names_that_are_no_utf8(ended, tmp_path):
