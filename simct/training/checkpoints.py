@@ -199,7 +199,7 @@ class Checkpoints:
         self.check_weights(name)
         new, place = run_dir / SAVING / name, run_dir / name
         if self.accelerator.is_local_main_process:
-            shutil.rmtree(new.parent, ignore_errors=True)  # what a killed run has left
+            shutil.rmtree(new.parent, ignore_errors=True)  # what a save that failed has left
         self.accelerator.wait_for_everyone()
         self._saving = str(new.parent)
         try:
@@ -265,6 +265,8 @@ class Checkpoints:
             same = self.check_checkpoint(resume_from_checkpoint)
             self._resumed = load_responses(resume_from_checkpoint, self.args.process_index) if same else None
         self._records, self._used = None, 0  # of an earlier call
+        if self.accelerator.is_local_main_process:
+            shutil.rmtree(Path(self.args.output_dir) / SAVING, ignore_errors=True)  # what a killed run has left
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check_checkpoint(self, folder: str) -> bool:
