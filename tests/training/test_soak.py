@@ -16,6 +16,6 @@ def test_every_resume_equals_an_unbroken_run_or_says_why_not(tmp_path, kills):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["wrong"] == []
-    assert found["killed"] == kills and found["points"] > 200
+    assert found["killed"] == kills and found["points"] > 150
     assert found["equal"] >= kills // 20 and found["rewritten"] >= kills // 40
     assert all(found["refused"])  # each with its reason
