@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
 from simct_kernels.options import LossOptions
-from simct_kernels.triton_backend import indexed, linear, linear_simct_loss, simct_loss, small, softmax, tiles
+from simct_kernels.triton_backend import combine, indexed, linear, linear_simct_loss, simct_loss, small, softmax, tiles
 from simct_kernels.triton_backend.scores import Side
 
 TARGETS = {
@@ -43,9 +43,6 @@ TARGETS = {
 # What one multiprocessor (compute unit) has: bytes of shared memory that one program may take and that all may, threads.
 _SHARED = {"80": (163 << 10, 164 << 10), "90": (227 << 10, 228 << 10), "100": (227 << 10, 228 << 10)}
 _SHARED["gfx942"] = (64 << 10, 64 << 10)
-
-# The instruction by which each chip multiplies matrices at full rate, as its assembly names it.
-_MATRIX = {"80": "mma.sync", "90": "wgmma", "100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 _TYPES = {
     torch.float32: "fp32",
@@ -100,9 +97,11 @@ class Launch:
         optional += [
             n
             for n in given
-            if n in ("shared_index", "tokens", "logsumexp", "student_targets", "bias", "wanted", "gradient")
+            if n in ("shared_index", "tokens", "logsumexp", "student_targets", "bias", "wanted", "gradient", "whole")
         ]
-        read = next(types[name][1:] for name in ("values", "student", "weight", "hidden", "partial") if name in types)
+        read = next(
+            types[name][1:] for name in ("values", "student", "weight", "hidden", "partial", "out") if name in types
+        )
         return " ".join([read, *(f"{k}={v}" for k, v in values.items()), *optional])
 
     def compile(self, target: GPUTarget):
@@ -124,8 +123,9 @@ class Usage:
     shared: int  # bytes
     programs: int  # that fit on one multiprocessor, by registers, threads and shared memory
     widest_load: int  # bytes that one thread reads at once
+    wide_loads: int  # of 16 bytes, in one thread's code
+    tile_loads: int  # as many as its part of the tiles of logits takes, where they lie in order; else 0
     int64_offsets: bool
-    matrix: str  # the chip's matrix instruction, "fma" where a dot does without, "" without a dot
 
 
 def launches(arch: str, quick: bool = False) -> list[Launch]:
@@ -164,6 +164,7 @@ def _cases(quick: bool) -> Iterator:
             yield lambda dtype=dtype: _run_sparse(dtype, False)
     if quick:
         yield lambda: _run_logits(torch.bfloat16, one_vocabulary=True)
+        yield lambda: _run_linear(False, torch.bfloat16)
         return
     for dtype in (torch.float16, torch.float32):
         yield lambda dtype=dtype: _run_logits(dtype)
@@ -213,6 +214,9 @@ def _run_linear(full_head: bool, gradient_dtype: torch.dtype, **options) -> None
 
     with mock.patch.object(linear, "write_gradient", like):
         _call_linear(full_head, options)
+    sums, index, scale = torch.zeros(_WIDTH, 16), torch.zeros(_WIDTH, dtype=torch.int32), torch.ones(())
+    for each in (sums, None):
+        combine.combine(sums.to(gradient_dtype), each, sums, index, scale, 0, 0, _SIZE)
 
 
 def _call_linear(full_head: bool, options: dict) -> None:
@@ -249,22 +253,59 @@ def usage(launch: Launch, arch: str) -> Usage:
     compiled = launch.compile(TARGETS[arch])
     assembly = compiled.asm["amdgcn" if TARGETS[arch].backend == "hip" else "ptx"]
     read = _read_amd if TARGETS[arch].backend == "hip" else _read_nvidia
-    registers, spills, by_registers, widest = read(compiled, launch.warps)
+    registers, spills, by_registers = read(compiled, launch.warps)
+    loads = [width for line in assembly.splitlines() if (width := _load_width(line))]
     shared = compiled.metadata.shared
     by_shared = _SHARED[arch][1] // (shared + 1024) if shared else by_registers
     programs = min(by_registers, by_shared, 2048 // (launch.warps * TARGETS[arch].warp_size))
     name = launch.kernel.__name__
     # A row times a stride is a product of 64 bits; nothing but scalars, the places of programs, is multiplied in 32.
     narrow = re.search(r"arith\.muli.*: tensor<\S*xi32>", compiled.asm["ttir"])
-    matrix = ""
-    if "tt.dot" in compiled.asm["ttir"]:
-        matrix = _MATRIX[arch] if _MATRIX[arch] in assembly else "fma"
     return Usage(
-        name, launch.describe(), arch, launch.warps, registers, spills, shared, programs, widest, narrow is None, matrix
+        name,
+        launch.describe(),
+        arch,
+        launch.warps,
+        registers,
+        spills,
+        shared,
+        programs,
+        max(loads, default=0),
+        loads.count(16),
+        _tile_loads(launch, TARGETS[arch].warp_size),
+        narrow is None,
     )
 
 
-def _read_nvidia(compiled, warps: int) -> tuple[int, int, int, int]:
+_SIDES = {"candidate_kernel": ("student", "teacher"), "gradient_kernel": ("student", "teacher")}
+_SIDES |= {"logsumexp_kernel": ("values",), "softmax_kernel": ("values",)}
+
+
+def _tile_loads(launch: Launch, warp: int) -> int:
+    """The loads of 16 bytes that one thread reads its part of the tiles with; 0 where a table says where they lie."""
+    types, constants = dict(launch.signature), dict(launch.constants)
+    tables = ("student_ids", "teacher_ids", "shared_index", "rest")
+    if any(types.get(table, "").startswith("*") for table in tables):
+        return 0
+    sizes = [4 if types[side] == "*fp32" else 2 for side in _SIDES.get(launch.kernel.__name__, ())]
+    return sum(constants.get("ROWS", 1) * constants["BLOCK"] * size for size in sizes) // (launch.warps * warp * 16)
+
+
+_AMD_LOADS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "sshort": 2, "ubyte": 1, "sbyte": 1}
+
+
+def _load_width(line: str) -> int:
+    """In bytes; 0 of what is no load."""
+    if found := re.search(r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)", line):
+        return int(found.group(1) or 1) * int(found.group(2)) // 8
+    if found := re.search(r"cp\.async\.\S+ \[[^]]*\], \[[^]]*\], (0x\w+|\d+)", line):
+        return int(found.group(1), 0)
+    if found := re.search(r"(?:global|buffer|flat)_load_(dword(?:x\d)?|[a-z]+)", line):
+        return _AMD_LOADS.get(found.group(1), 2)
+    return 0
+
+
+def _read_nvidia(compiled, warps: int) -> tuple[int, int, int]:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -272,16 +313,10 @@ def _read_nvidia(compiled, warps: int) -> tuple[int, int, int, int]:
         text = subprocess.run([tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     warp_registers = -(-numbers["REG"] * 32 // 256) * 256  # given out 256 at a time
-    ptx = compiled.asm["ptx"]
-    widest = 0
-    for vector, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)", ptx):
-        widest = max(widest, int(vector or 1) * int(bits) // 8)
-    for size in re.findall(r"cp\.async\.\S+ \[[^]]*\], \[[^]]*\], (0x\w+|\d+)", ptx):
-        widest = max(widest, int(size, 0))
-    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], 65536 // (warp_registers * warps), widest
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], 65536 // (warp_registers * warps)
 
 
-def _read_amd(compiled, warps: int) -> tuple[int, int, int, int]:
+def _read_amd(compiled, warps: int) -> tuple[int, int, int]:
     text = compiled.asm["amdgcn"]
 
     def number(key: str) -> int:
@@ -291,9 +326,7 @@ def _read_amd(compiled, warps: int) -> tuple[int, int, int, int]:
     # Scalar registers spill into lanes of vector registers: memory is touched only where there is a private segment.
     spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
     waves = min(8, 512 // (-(-registers // 8) * 8)) * 4  # of the compute unit's four SIMDs
-    loads = {"x4": 16, "x3": 12, "x2": 8, "": 4}
-    found = re.findall(r"(?:global|buffer|flat)_load_dword(x\d)?\b", text)
-    return registers, spills, waves // warps, max((loads[width] for width in found), default=2)
+    return registers, spills, waves // warps
 
 
 def measure(archs: list[str], quick: bool = False) -> list[Usage]:
@@ -313,12 +346,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps([dataclasses.asdict(one) for one in found]))
         return
     print(
-        f"{'arch':7}{'kernel':21}{'regs':>5}{'spills':>7}{'shared':>7}{'warps':>6}{'programs':>9}{'load':>5}  {'matrix':12}variant"
+        f"{'arch':7}{'kernel':21}{'regs':>5}{'spills':>7}{'shared':>7}{'warps':>6}{'programs':>9}{'load':>5}  variant"
     )
     for one in found:
         print(
             f"{one.arch:7}{one.kernel:21}{one.registers:5}{one.spills:7}{one.shared:7}{one.warps:6}"
-            f"{one.programs:9}{one.widest_load:5}  {one.matrix:12}{one.variant}"
+            f"{one.programs:9}{one.widest_load:5}  {one.variant}"
         )
 
 

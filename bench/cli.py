@@ -127,10 +127,9 @@ def _end2end(device: str, quick: bool, clock: Clock, console: Console) -> list[R
 
 
 def _cost(folder: Path, clock: Clock, console: Console) -> None:
-    with console.status("cost: Triton's interpreter counts"):
-        launches, products, predictions, note = cost.run(folder, clock.left())
-    tables.print_dicts("Bytes by launch, and the floor's (small shapes)", launches, console)
-    tables.print_dicts("Products beside the restricted floor (small shapes)", products, console)
+    with console.status("cost: calls on tensors without data"):
+        counted, predictions, note = cost.run(folder, clock.left())
+    tables.print_dicts("What a call does, counted at the real sizes, and the time that it predicts", counted, console)
     tables.print_dicts("Predictions at the measured ceilings, not measurements", predictions, console)
     if note:
         console.print(f"[yellow]cost: {note}")

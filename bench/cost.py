@@ -1,10 +1,10 @@
-"""The suite `cost`: what the kernels and products do, counted without a GPU, beside the floor; and predicted times.
+"""The suite `cost`: every byte and product of a call at the real sizes, counted without a GPU, and the time that it predicts.
 
     python -m bench --suite cost
 
-Runs in a process of its own, where Triton's interpreter executes the kernels on small shapes: bytes by launch
-(`simct_kernels.triton_backend.traffic`) and torch's products (`torch.utils.flop_counter`). For the real shapes the floor is
-put against ceilings measured on an H100 and an H200: a prediction, with a column for what the first run on one measures.
+A call runs on tensors without data (`bench/counting.py`), in a process of its own. Each stage's time is the longest of what
+its bytes take at the rate of a copy, its products at the rate measured for products of these shapes, and what comes from the
+L2 cache at that cache's. Beside it the floor at the same ceilings: each needed element once.
 """
 
 from __future__ import annotations
@@ -13,36 +13,32 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
-from simct_kernels import AlignedUnits
+from simct_kernels import AlignedUnits, LMHead, SharedVocabulary
 from simct_kernels.options import LossOptions
 
 from . import floor, record
-from .cases import GEMMA, PHI, QWEN, SERVED_K, Case, Model, Problem, make_shared, make_units
-from .rivals import ours
+from .cases import GEMMA, PHI, QWEN, SERVED_K, Case, Model, make_shared, make_units
+from .counting import Counter, Operation, Rows, pretended_gpu
 from .suites import pair
 
-CEILINGS = {"H100": (3.0e12, 800e12), "H200": (4.3e12, 790e12)}  # bytes/s of a copy, bf16 FLOP/s of a product
+# bytes/s of a copy, bf16 FLOP/s of a product, bytes/s of the L2 cache. The H100's first two were measured here (a copy at 3.02,
+# products of these heads at 600 to 790 TFLOP/s), the others by others.
+CEILINGS = {"H100": (3.0e12, 728e12, 5.5e12), "H200": (4.3e12, 728e12, 5.5e12)}
 
-STUDENT, TEACHER = Model("", 1900, 24), Model("", 1700, 20)
-SINGLE = Case("single units", STUDENT, TEACHER, 1150, 24, single=1.0, dtype="float32")
-SMALL = (
-    SINGLE,
-    SINGLE.replace(name="75 % in single units", single=0.75),
-    SINGLE.replace(name="one vocabulary", teacher=Model("", 1900, 20), shared=1900),
-)
+LLAMA = Model("Llama-3.1-8B", 128_256, 4096)
+ONE_VOCABULARY = Case("one vocabulary", LLAMA, LLAMA, LLAMA.vocabulary, 8192)
 
 
-def run(folder: Path, seconds: float) -> tuple[list[dict], list[dict], list[dict], str]:
-    """The launches, the products and the predictions, and why something is missing. Writes a CSV file of each."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+def run(folder: Path, seconds: float) -> tuple[list[dict], list[dict], str]:
+    """What the calls do by stage, the floors, and why something is missing. Writes a CSV file of each."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.cost", str(folder)]
     try:
         done = subprocess.run(
@@ -51,7 +47,7 @@ def run(folder: Path, seconds: float) -> tuple[list[dict], list[dict], list[dict
         note = "" if done.returncode == 0 else f"failed: {done.stderr.strip().splitlines()[-1]}"
     except subprocess.TimeoutExpired:
         note = "left out: no time left"
-    return *(_read(folder / f"{name}.csv") for name in ("launches", "products", "predictions")), note
+    return *(_read(folder / f"{name}.csv") for name in ("counted", "predictions")), note
 
 
 def _read(path: Path) -> list[dict]:
@@ -61,73 +57,114 @@ def _read(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def launches() -> Iterator[dict]:
-    """Every launch of `simct_loss` on the small cases, and the sums of its passes beside the floor's bytes."""
-    from simct_kernels.triton_backend.traffic import count_traffic
-
-    for case in SMALL:
-        problem = Problem(case.replace(form="logits"), torch.device("cpu"))
-        call = ours.prepare(problem, backend="triton")
-        call().backward()  # tables that are kept are made
-        problem.clear()
-        with count_traffic() as forward:
-            loss = call()
-        with count_traffic() as backward:
-            loss.backward()
-        floors = problem.floor(LossOptions())
-        for name, traffic, least in zip(("forward", "backward"), (forward, backward), floors, strict=True):
-            for launch in traffic.launches:
-                yield _launch(case, name, launch.kernel, launch.programs, [launch], None)
-            yield _launch(case, name, "all", sum(n.programs for n in traffic.launches), traffic.launches, least)
+def counted() -> Iterator[dict]:
+    """Each stage of `linear_simct_loss` and `simct_loss` with their gradients, and the whole calls."""
+    first = pair(GEMMA, QWEN, 97_675, 8192)
+    headline = worked_example(), make_shared(first)
+    one = make_units(ONE_VOCABULARY, make_shared(ONE_VOCABULARY)), make_shared(ONE_VOCABULARY)
+    for name, case, inputs in (("headline", first, headline), ("one vocabulary", ONE_VOCABULARY, one)):
+        for form, count in (("linear", count_linear), ("logits", count_logits)):
+            yield from _by_stage(f"{name}, {form}", *count(case, *inputs))
 
 
-def _launch(case: Case, scope: str, kernel: str, programs: int, of: Sequence, least: floor.Cost | None) -> dict:
-    """ "asked" counts an element as often as it is read or written; "distinct" once a launch: the rest caches may serve."""
-    accesses = [access for launch in of for side in (launch.read, launch.written) for access in side.values()]
-    asked, distinct = (sum(getattr(access, name) for access in accesses) for name in ("bytes", "distinct"))
-    row = {
-        "case": case.name,
-        "pass": scope,
-        "kernel": kernel,
-        "programs": programs,
-        "read": sum(access.bytes for launch in of for access in launch.read.values()),
-        "written": sum(access.bytes for launch in of for access in launch.written.values()),
-        "distinct": distinct,
-        "sectors": sum(access.sectors for access in accesses),
+def count_linear(
+    case: Case, units: AlignedUnits, shared: SharedVocabulary, chunk_rows: int | str = "auto", **options
+) -> tuple[Counter, float]:
+    """A call's operations, and the seconds of the floor on an H100."""
+    from simct_kernels.triton_backend import linear_job
+
+    sizes = [(side.vocabulary, side.width) for side in (case.student, case.teacher)]
+    least = floor.total(floor.linear_floor(units, shared, *sizes, options=LossOptions(**options)))
+
+    def call(units: AlignedUnits, shared: SharedVocabulary) -> None:
+        job = linear_job(units, shared, LossOptions(**options), *heads, chunk_rows, torch.float32)
+        _, (_, by_weight, _) = job.run(*hidden, (True, True, False))
+        by_weight.make(torch.empty((), device="meta"), torch.bfloat16)
+
+    heads = [
+        LMHead(_empty(*size), softcap=side.softcap)
+        for size, side in zip(sizes, (case.student, case.teacher), strict=True)
+    ]
+    heads[0].weight.requires_grad_()
+    hidden = [_empty(len(tokens), size[1]) for tokens, size in zip(_tokens(units), sizes, strict=True)]
+    inputs = (*hidden, *(head.weight for head in heads))
+    counter = Counter(len(units.student_tokens), {size[1] for size in sizes}, inputs=inputs)
+    return _count(counter, call, units, shared), _seconds(least)
+
+
+def count_logits(case: Case, units: AlignedUnits, shared: SharedVocabulary, **options) -> tuple[Counter, float]:
+    from simct_kernels.triton_backend.candidates import divergence
+    from simct_kernels.triton_backend.columns import columns_of
+    from simct_kernels.triton_backend.gradient import write_gradient
+    from simct_kernels.triton_backend.logits import _candidates
+
+    settings = LossOptions(**options)
+    widths = case.student.vocabulary, case.teacher.vocabulary
+    least = sum(floor.logits_floor(units, shared, *widths, options=settings), floor.Cost())
+    given = {}
+    for side, width in zip(("teacher", "student"), reversed(widths), strict=True):
+        needed = floor.needed(units, shared, side, settings)
+        given[width] = Rows(needed.whole, needed.whole_first)
+    logits = [_empty(len(tokens), width) for tokens, width in zip(_tokens(units), widths, strict=True)]
+
+    def call(units: AlignedUnits, shared: SharedVocabulary) -> None:
+        candidates = _candidates(*logits, units, shared, settings)
+        found = divergence(candidates, settings)
+        index = columns_of(shared.student_ids).index(widths[0])
+        write_gradient(torch.empty_like(logits[0]), index, candidates, found, None, settings)
+
+    counter = Counter(len(units.student_tokens), set(), given, tuple(logits))
+    return _count(counter, call, units, shared), _seconds(least)
+
+
+def _count(counter: Counter, call: Callable, units: AlignedUnits, shared: SharedVocabulary) -> Counter:
+    units, shared = units.to("meta"), shared.to("meta")
+    with pretended_gpu(counter), torch.no_grad(), counter:
+        call(units, shared)
+    return counter
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+def _tokens(units: AlignedUnits) -> tuple[Tensor, Tensor]:
+    return units.student_tokens, units.teacher_tokens
+
+
+def _seconds(cost: floor.Cost, cached: int = 0, device: str = "H100") -> float:
+    copy, product, cache = CEILINGS[device]
+    return max(cost.moved / copy, cost.flops / product, cached / cache)
+
+
+def _by_stage(name: str, counter: Counter, least: float) -> Iterator[dict]:
+    stages: dict[str, list[Operation]] = {}
+    for operation in counter.operations:
+        stages.setdefault(operation.stage, []).append(operation)
+    whole = 0.0
+    for stage, operations in sorted(stages.items()):
+        seconds = sum(_seconds(floor.Cost(each.read, each.written, each.flops), each.cached) for each in operations)
+        whole += seconds
+        yield _row(name, stage, operations, seconds, "", "")
+    yield _row(name, "all", counter.operations, whole, f"{whole / least:.2f}", f"{counter.peak / 1e9:.2f}") | {
+        "waits": counter.waits
     }
-    if least is None:
-        return row | {"floor": "", "asked / floor": "", "distinct / floor": ""}
-    return row | {
-        "floor": least.moved,
-        "asked / floor": f"{asked / least.moved:.3f}",
-        "distinct / floor": f"{distinct / least.moved:.3f}",
-    }
 
 
-def products() -> Iterator[dict]:
-    """The products of `linear_simct_loss` on the small cases, by backend, beside the restricted floor."""
-    backends = ["torch"] + ["triton"] * (find_spec("triton") is not None)
-    for case in SMALL:
-        for top_k in (None, 16):
-            for backend in backends:
-                yield _products(case, backend, top_k)
-
-
-def _products(case: Case, backend: str, top_k: int | None) -> dict:
-    problem = Problem(case, torch.device("cpu"))
-    run = ours.prepare(problem, backend=backend, top_k=top_k)
-    with FlopCounterMode(display=False) as counter:
-        run().backward()
-    counted = counter.get_total_flops()
-    least, whole = (problem.floor(LossOptions(top_k=chosen))[0].flops for chosen in (top_k, None))
+def _row(name: str, stage: str, operations: list[Operation], seconds: float, of_floor: str, peak: str) -> dict:
+    flops = sum(each.flops for each in operations)
     return {
-        "case": case.name,
-        "backend": backend,
-        "top_k": "" if top_k is None else top_k,
-        "flops": counted,
-        "floor": least,
-        "flops / floor": f"{counted / least:.3f}",
-        "flops / all candidates' floor": f"{counted / whole:.3f}",
+        "case": name,
+        "stage": stage,
+        "launches": len(operations),
+        "waits": "",
+        "read_GB": f"{sum(each.read for each in operations) / 1e9:.2f}",
+        "written_GB": f"{sum(each.written for each in operations) / 1e9:.2f}",
+        "L2_GB": f"{sum(each.cached for each in operations) / 1e9:.2f}",
+        "TFLOP": f"{flops / 1e12:.2f}" if flops else "",
+        "predicted_ms_H100": f"{1e3 * seconds:.2f}",
+        "x floor": of_floor,
+        "held_GB": peak,
     }
 
 
@@ -147,12 +184,11 @@ def predictions() -> Iterator[dict]:
     """Each stage of the losses at real shapes: its work, and its time if it ran at the measured ceilings."""
     first = pair(GEMMA, QWEN, 97_675, 8192)
     yield from _stages("the worked example", first, worked_example())
-    model = Model("", 128_256, 4096)
     for case in (
         first,
         pair(PHI, QWEN, 98_863, 8192),
         pair(GEMMA, PHI, 123_099, 8192),
-        Case("one vocabulary", model, model, 128_256, 8192),
+        ONE_VOCABULARY,
     ):
         yield from _stages(case.name, case, make_units(case, make_shared(case)))
 
@@ -189,23 +225,19 @@ def _stages(name: str, case: Case, units: AlignedUnits) -> Iterator[dict]:
             "GB": f"{cost.moved / 1e9:.2f}" if cost.moved else "",
             **{
                 f"predicted_ms_{device}": f"{1e3 * (cost.flops / product if by_flops else cost.moved / copy):.2f}"
-                for device, (copy, product) in CEILINGS.items()
+                for device, (copy, product, _) in CEILINGS.items()
             },
             "measured_ms": "",
         }
 
 
 def main() -> None:
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        raise SystemExit("python -m bench --suite cost starts this with Triton's interpreter (TRITON_INTERPRET=1)")
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     record.write(folder / "predictions.csv", list(predictions()))
-    with np.errstate(all="ignore"):  # a GPU does 0 * inf in silence
-        record.write(folder / "products.csv", list(products()))
-        if find_spec("triton") is None:
-            raise SystemExit("triton is not installed: its launches are not counted")
-        record.write(folder / "launches.csv", list(launches()))
+    if find_spec("triton") is None:
+        raise SystemExit("triton is not installed: its launches are not counted")
+    record.write(folder / "counted.csv", list(counted()))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ NAMES = ("token", "use_auth_token", "hub_token", "push_to_hub_token", "api_key",
 
 _known: set[str] = set()
 _USER = re.compile(r"(?<=://)\S{0,256}@")  # of an address: user:password@, where a password may have a slash in it
-_NAMED = re.compile(r"((?:token|key|password|secret|authorization)\w*['\"]?\s*[:=]).*", re.DOTALL | re.IGNORECASE)
+_NAMED = re.compile(
+    r"((?:token|key|password|secret|authorization)\w*['\"]?\s*[:=]|--\w*(?:token|key|password|secret)\w*\s).*",
+    re.DOTALL | re.IGNORECASE,
+)
 _QUERY = re.compile(r"(?<=[?&])([^=?&\s#'\"]{1,64}=)[^&\s#'\"]+")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{1,20}://\S+")  # bounded: a message may be long, and a server's
 _HUB_TOKEN = re.compile(r"\bhf_\w{8,}")
@@ -36,7 +39,7 @@ def redact(text: object) -> str:
 
 
 def shown_text(text: str) -> str:
-    """Options that cannot be read, a broken JSON object say: nothing of what follows the name of a secret."""
+    """Options that cannot be read (broken JSON, unknown words of a command line): nothing of what follows a secret's name."""
     return redact(_NAMED.sub(rf"\1 {HIDDEN}", text))
 
 

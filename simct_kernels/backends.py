@@ -8,8 +8,8 @@ from types import ModuleType
 
 import torch
 
-# A backend is a package with the three losses as in `reference`. One whose gradients are made in the forward pass also has
-# `linear_job` and `topk_job`, which give the custom ops a job as in `torch_backend` to run.
+# A backend is a package with the three losses as in `reference`. All but that one also have `linear_job` and `topk_job`, which give
+# the custom ops a job as in `torch_backend` to run.
 BACKENDS = {
     "triton": "triton_backend",
     "torch": "torch_backend",

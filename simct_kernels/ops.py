@@ -143,10 +143,17 @@ def _logits_run(student_logits, teacher_logits, *common):
         job = torch_backend.LossJob(units, shared, options, None, None, "auto", dtype)
         return functools.partial(job.run, student_logits, teacher_logits)
 
-    def loss(student_logits, **keywords):
-        return backends.load(backend).simct_loss(student_logits, teacher_logits, units, shared, options, **keywords)
+    def run(needs_grad, unit_weights=None):
+        """By the backend's own autograd function, whose gradient comes in the logits' dtype."""
+        wanted = needs_grad[0]
+        leaf = student_logits.detach().requires_grad_(wanted)
+        with torch.set_grad_enabled(wanted):
+            loss = backends.load(backend).simct_loss
+            total, losses = loss(leaf, teacher_logits, units, shared, options, summed=unit_weights is None)
+        gradient = torch.autograd.grad(total, leaf, unit_weights)[0] if wanted else None
+        return losses, (gradient, None, None)
 
-    return functools.partial(_run_by_autograd, loss, (student_logits,))
+    return run
 
 
 def _linear_run(
@@ -154,46 +161,17 @@ def _linear_run(
 ):
     units, shared, options, chunk_rows, backend = _unflatten(common)
     head, teacher_head = LMHead(weight, bias, softcap, scale), LMHead(t_weight, t_bias, t_cap, t_scale)
-    module = backends.load(backend)
-    make_job = getattr(module, "linear_job", None)
-    if make_job is not None:
-        dtype = compute_dtype(student_hidden, weight, teacher_hidden, t_weight)
-        job = make_job(units, shared, options, head, teacher_head, chunk_rows, dtype)
-        return functools.partial(job.run, student_hidden, teacher_hidden)
-
-    def loss(hidden, weight, bias, **keywords):
-        student = hidden, dataclasses.replace(head, weight=weight, bias=bias)
-        teacher = teacher_hidden, teacher_head
-        return module.linear_simct_loss(*student, *teacher, units, shared, options, chunk_rows=chunk_rows, **keywords)
-
-    return functools.partial(_run_by_autograd, loss, (student_hidden, weight, bias))
+    dtype = compute_dtype(student_hidden, weight, teacher_hidden, t_weight)
+    job = backends.load(backend).linear_job(units, shared, options, head, teacher_head, chunk_rows, dtype)
+    return functools.partial(job.run, student_hidden, teacher_hidden)
 
 
 def _topk_run(student_hidden, weight, bias, softcap, scale, topk_ids, topk_logprobs, token_logprobs, *common):
     units, shared, options, chunk_rows, backend = _unflatten(common)
     head = LMHead(weight, bias, softcap, scale)
-    make_job = backends.load(backend).topk_job
     dtype = compute_dtype(student_hidden, weight)
-    job = make_job(units, shared, options, head, topk_ids, topk_logprobs, chunk_rows, dtype)
+    job = backends.load(backend).topk_job(units, shared, options, head, topk_ids, topk_logprobs, chunk_rows, dtype)
     return functools.partial(job.run, student_hidden, token_logprobs)
-
-
-def _run_by_autograd(
-    loss: Callable[..., tuple[Tensor, Tensor]],
-    student: tuple[Tensor | None, ...],
-    needs_grad: tuple[bool, bool, bool],
-    unit_weights: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """For a backend with its own autograd function and no job: its gradients come in the inputs' dtype."""
-    leaves = [
-        None if tensor is None else tensor.detach().requires_grad_(needed)
-        for tensor, needed in zip(student, needs_grad, strict=False)
-    ]
-    asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    with torch.set_grad_enabled(bool(asked)):
-        total, losses = loss(*leaves, summed=unit_weights is None)
-    made = iter(torch.autograd.grad(total, asked, unit_weights) if asked else ())
-    return losses, tuple(next(made) if leaf is not None and leaf.requires_grad else None for leaf in leaves)
 
 
 @torch.library.custom_op("simct::scale_gradient", mutates_args=())

@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
@@ -6,6 +7,7 @@ import pytest
 import torch
 from moved_clock import at_once, clock  # noqa: F401
 from packages import or_skip
+from programs import Programs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -25,6 +27,16 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no GPU here"))
 
 
+def pytest_collection_finish():
+    """Trainers collect garbage at their start and end: half a second over the objects of modules, which are none."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def demo_tokenizers():
     return tuple(AutoTokenizer.from_pretrained(ASSETS / name) for name in ("student", "teacher"))
@@ -39,6 +51,19 @@ def demo_teacher():
 def demo_student():
     """A fresh copy: tests train it."""
     return AutoModelForCausalLM.from_pretrained(ASSETS / "student", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def programs():
+    with Programs() as programs:
+        yield programs
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Drawing them is two thirds of what a short `simct train` does."""
+    for name in "plot_curves", "plot_phases":
+        monkeypatch.setattr(f"simct.training.plots.{name}", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ The paper samples 8 from the teacher and keeps the shortest correct one. What is
 import hashlib
 import itertools
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 
 from simct.commands.journal import Journal
-from simct.data.prompts import Prompt, prompt_of, render_prompt
-from simct.data.records import load_records, rows
-from simct.files import check_file, replaced
+from simct.commands.options import OptionParser
+from simct.console import before_work, console, printable
+from simct.data.prompts import PROMPT_FORMATS, Prompt, prompt_of, render_prompt
+from simct.data.records import load_records, place_of, rows
+from simct.files import check_file, is_ordinary, replaced
 from simct.models.loading import load_model, load_tokenizer
 from simct.pairing.endings import end_ids
 from simct.rollouts.protocol import Sampling
@@ -57,13 +61,27 @@ class AnswerArguments:
     seed: int = field(default=0, metadata={"help": "Of the samples."})
 
     def __post_init__(self) -> None:
-        for name, choices in (("keep", KEEP), ("columns", COLUMNS)):
+        for name, choices in (("keep", KEEP), ("columns", COLUMNS), ("prompt_format", PROMPT_FORMATS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}")
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}: expected at least 1")
+        Sampling((0,), 0, self.max_new_tokens, self.temperature, self.top_p)  # checks them
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype is {self.dtype!r}: expected bfloat16, float16 or float32")
+
+
+def main(argv: list[str]) -> None:
+    """`simct answers --model M --data FILE.jsonl --output FILE.jsonl [--recipe NAME]`"""
+    parser = OptionParser(AnswerArguments, prog="simct answers", description=main.__doc__)
+    with before_work():
+        arguments, _ = parser.parse(argv)
+    with Progress(console=console) as bar:
+        task = bar.add_task("answering", total=None)
+        counts = write_answers(arguments, progress=lambda done, total: bar.update(task, completed=done, total=total))
+    for name, count in counts.items():
+        console.print(f"{name.replace('_', ' ')}: {count:,}", highlight=False)
+    console.print(f"answers: {printable(arguments.output)}", highlight=False, soft_wrap=True)
 
 
 def choose(texts: Sequence[str | None], answer: str | None, keep: str, grade: Grade | None) -> int | None:
@@ -92,7 +110,8 @@ def write_answers(arguments: AnswerArguments, *, grade: Grade | None = None, pro
         ValueError: data, model or tokenizer that cannot be read, an output that cannot be written, answers to check but nothing
             installed to check them with, an unfinished run of other options or data.
     """
-    records = list(rows(load_records(arguments.data, split=arguments.data_split)))
+    found = load_records(arguments.data, split=arguments.data_split)
+    records = list(rows(found))
     checked = arguments.keep == "shortest_correct" and any(record.get("answer") is not None for record in records)
     if checked and grade is None:
         from simct.training.grading import check_math_verify, is_correct
@@ -102,11 +121,14 @@ def write_answers(arguments: AnswerArguments, *, grade: Grade | None = None, pro
     output = Path(arguments.output)
     check_file(output)
     prompts = [prompt_of(record) for record in records]
-    sample = sampler(arguments, prompts)
+    sample = sampler(arguments, prompts, lambda i: place_of(found, i))
     answers = [str(r["answer"]) if checked and r.get("answer") is not None else None for r in records]
     data = hashlib.sha256(json.dumps([prompts, answers]).encode()).hexdigest()
     work = {**asdict(arguments), "output": output.name, "data": f"{len(records)} prompts, sha256 {data}"}
-    journal = Journal(output.with_name(output.name + ".partial"), work)
+    # Beside a device or a stream is no place for it, and nobody would go on there.
+    spare = None if is_ordinary(output) else tempfile.TemporaryDirectory(prefix="simct-")
+    folder = output.parent if spare is None else Path(spare.name)
+    journal = Journal(folder / (output.name + ".partial"), work)
     try:
         for start in range(len(journal.parts) * BATCH, len(records), BATCH):
             batch = range(start, min(start + BATCH, len(records)))
@@ -126,13 +148,17 @@ def write_answers(arguments: AnswerArguments, *, grade: Grade | None = None, pro
             if line is not None:
                 target.write(json.dumps(line, ensure_ascii=False) + "\n")
     journal.remove()
+    if spare is not None:
+        spare.cleanup()
     return Counter(name for name, _ in itertools.chain.from_iterable(journal.parts))
 
 
-def sampler(arguments: AnswerArguments, prompts: Sequence[Prompt]) -> Callable[..., list[list[str | None]]]:
+def sampler(
+    arguments: AnswerArguments, prompts: Sequence[Prompt], place: Callable[[int], str]
+) -> Callable[..., list[list[str | None]]]:
     """A function of some prompts' numbers and a seed: to each prompt so many texts, None for one that did not come to its end.
 
-    Every prompt is rendered here, so that one that cannot be is an error before any sampling."""
+    Every prompt is rendered here, so that one that cannot be is an error before any sampling, with its `place` in the data."""
     model = load_model(arguments.model, "model", dtype=getattr(torch, arguments.dtype)).eval()
     tokenizer = load_tokenizer(None, model, "model")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -141,7 +167,12 @@ def sampler(arguments: AnswerArguments, prompts: Sequence[Prompt]) -> Callable[.
         ends, tokenizer.pad_token_id or 0, arguments.max_new_tokens, arguments.temperature, arguments.top_p
     )
     engine = make_engine(model, arguments.rollout_engine)
-    rendered = [render_prompt(prompt, tokenizer, arguments.prompt_format) for prompt in prompts]
+    rendered = []
+    for i, prompt in enumerate(prompts):
+        try:
+            rendered.append(render_prompt(prompt, tokenizer, arguments.prompt_format))
+        except ValueError as error:
+            raise ValueError(f"{place(i)}: {error}") from error
     times = arguments.samples
 
     def sample(batch: Sequence[int], seed: int) -> list[list[str | None]]:

@@ -1,30 +1,96 @@
-"""The command line: `simct demo`, `train`, `inspect`, `recipes`, `answers`, `eval`."""
+"""The command line: `simct demo`, `train`, `inspect`, `recipes`, `answers`, `eval`. Whatever goes wrong is said in one line."""
 
 import argparse
+import os
 import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from simct.commands import inspect as inspect_command
-from simct.commands.options import with_option_files
 from simct.commands.train import RunArguments, train
-from simct.console import UsageError, console, errors
-from simct.secrets import redact
+from simct.console import TELLING, UsageError, before_work, console, error_line, errors, printable
+from simct.secrets import shown_text
 
-__all__ = ["RunArguments", "UsageError", "main", "with_option_files"]
+__all__ = ["RunArguments", "main"]
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs a command. Ends with 2 for bad input found before any work, 1 for what went wrong later, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    traced = "--traceback" in argv  # wherever it stands
+    argv = [word for word in argv if word != "--traceback"]
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode shows escapes
-    parser = argparse.ArgumentParser(prog="simct", description="Cross-tokenizer on-policy distillation.")
+    name = " ".join(["simct", *(word for word in argv[:1] if word in COMMANDS)])
+    with one_line_warnings():
+        try:
+            run(argv)
+            sys.stdout.flush()  # a full disk behind it is found here
+        except BrokenPipeError:  # `simct recipes | head -1`
+            console.on_broken_pipe()
+        except KeyboardInterrupt as error:
+            fail(name, error, "interrupted", 130, traced)
+        except Exception as error:
+            hint = "" if traced or isinstance(error.__cause__ or error, TELLING) else " (--traceback shows where)"
+            code = 2 if isinstance(error, (UsageError, ValueError)) else 1
+            fail(name, error, f"error: {error_line(error)}{hint}", code, traced)
+
+
+def fail(name: str, error: BaseException, message: str, code: int, traced: bool) -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:  # at its exit Python would try once more, and print a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for line in trace(error) if traced else ():
+        errors.print(line, soft_wrap=True)
+    errors.print(f"{name}: {message}", style="bold red", soft_wrap=True)
+    raise SystemExit(code) from error
+
+
+def trace(error: BaseException | None) -> Iterator[str]:
+    """The lines of a traceback, causes first; none of them can be forged by a message."""
+    if error is None:
+        return
+    yield from trace(error.__cause__ or (None if error.__suppress_context__ else error.__context__))
+    for frame in traceback.format_tb(error.__traceback__):
+        yield from map(printable, frame.splitlines())
+    yield f"{type(error).__name__}: {error_line(error)}"
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Warnings without the place in the code; text from data in them forges no line."""
+
+    def line(message, category, filename, lineno, line=None) -> str:
+        return f"{category.__name__}: {error_line(str(message))}\n"
+
+    before, warnings.formatwarning = warnings.formatwarning, line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UsageError(message)
+
+
+def run(argv: list[str]) -> None:
+    parser = Parser(prog="simct", description="Cross-tokenizer on-policy distillation.")
+    parser.add_argument(
+        "--traceback", action="store_true", help="of an error, show also where in the code it came from"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="distil a small teacher into a small student, offline, in two minutes")
-    demo.add_argument("--output", type=Path, default=Path("simct-demo"), help="folder for the student and the curves")
-    demo.add_argument("--steps", type=int, default=100, help="optimiser steps")
-    demo.add_argument("--seed", type=int, default=0)
+    one = commands.add_parser("demo", help="distil a small teacher into a small student, offline, in two minutes")
+    one.add_argument("--output", type=Path, default=Path("simct-demo"), help="folder for the student and the curves")
+    one.add_argument("--steps", type=int, default=100, help="optimiser steps")
+    one.add_argument("--seed", type=int, default=0)
 
     commands.add_parser("train", help="distil any teacher into any student (simct train --help)", add_help=False)
 
@@ -40,73 +106,52 @@ def main(argv: list[str] | None = None) -> None:
     options, rest = parser.parse_known_args(argv)
     own = argv[argv.index(options.command) + 1 :]  # of the commands that read their options themselves
     if rest and options.command not in ("train", "answers", "eval"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
-        if options.command == "demo":
-            from simct.demo import run_demo
-            from simct.training.checks import check_writable
-
-            if options.steps < 1:
-                raise UsageError(f"--steps is {options.steps}: expected at least 1")
-            try:
-                check_writable(str(options.output))
-            except ValueError as error:
-                raise UsageError(error) from error
-            run_demo(options.output, steps=options.steps, seed=options.seed, console=console)
-        elif options.command == "inspect":
-            inspect_command.inspect(options)
-        elif options.command == "recipes":
-            show_recipes(options.name)
-        elif options.command == "answers":
-            answers(own)
-        elif options.command == "eval":
-            from simct.commands.eval import main as evaluate
-
-            try:
-                evaluate(with_option_files(own, positional="checkpoint"))
-            except ValueError as error:
-                raise UsageError(error) from error
-        else:
-            train(own)
-    except UsageError as error:
-        errors.print(
-            redact(f"simct {options.command}: error: {error}"), style="bold red", markup=False, highlight=False
-        )
-        raise SystemExit(2) from error
+        raise UsageError(f"unrecognized arguments: {shown_text(' '.join(rest))}")
+    command = COMMANDS[options.command]
+    command(own if options.command in ("train", "answers", "eval") else options)
 
 
-def show_recipes(name: str | None) -> None:
+def demo(options: argparse.Namespace) -> None:
+    from simct.demo import run_demo
+    from simct.training.checks import check_writable
+
+    with before_work():
+        if options.steps < 1:
+            raise ValueError(f"--steps is {options.steps}: expected at least 1")
+        check_writable(str(options.output))
+    run_demo(options.output, steps=options.steps, seed=options.seed, console=console)
+
+
+def show_recipes(options: argparse.Namespace) -> None:
     from simct.commands.recipe import find_recipe, recipe_table
 
-    try:
-        if name is None:
-            console.print(recipe_table())
-        else:
-            print(find_recipe(name))
-    except ValueError as error:
-        raise UsageError(error) from error
+    if options.name is None:
+        console.print(recipe_table())
+    else:
+        print(find_recipe(options.name))
 
 
 def answers(argv: list[str]) -> None:
-    """`simct answers --model M --data FILE.jsonl --output FILE.jsonl [--recipe NAME]`"""
-    from rich.progress import Progress
-    from transformers import HfArgumentParser
+    """Imported when asked for, as is the evaluation: both bring PyTorch."""
+    from simct.commands.answers import main as answer
 
-    from simct.commands.answers import AnswerArguments, write_answers
+    answer(argv)
 
-    parser = HfArgumentParser(AnswerArguments, prog="simct answers", description=answers.__doc__, allow_abbrev=False)
-    try:
-        (arguments,) = parser.parse_args_into_dataclasses(with_option_files(argv), look_for_args_file=False)
-        with Progress(console=console) as bar:
-            task = bar.add_task("answering", total=None)
-            counts = write_answers(
-                arguments, progress=lambda done, total: bar.update(task, completed=done, total=total)
-            )
-    except (ValueError, OSError) as error:
-        raise UsageError(error) from error
-    for name, count in counts.items():
-        console.print(f"{name.replace('_', ' ')}: {count:,}", highlight=False)
-    console.print(f"answers: {arguments.output}", highlight=False)
+
+def evaluate(argv: list[str]) -> None:
+    from simct.commands.eval import main as evaluate
+
+    evaluate(argv)
+
+
+COMMANDS = {
+    "demo": demo,
+    "train": train,
+    "inspect": inspect_command.inspect,
+    "recipes": show_recipes,
+    "answers": answers,
+    "eval": evaluate,
+}
 
 
 if __name__ == "__main__":

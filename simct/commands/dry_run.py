@@ -4,6 +4,7 @@ Models are made from their configurations on the meta device; no weights are rea
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from simct.data.prompts import prompt_of, render_prompt
-from simct.data.records import read_prompts
+from simct.console import error_line, printable
+from simct.data.prompts import Prompt, prompt_of, render_prompt
+from simct.data.records import load_records, rows
 from simct.inspection.tables import coverage_table, pair_table
-from simct.models.loading import SOURCE
+from simct.models.loading import NO_CODE, SOURCE, load_generation_config, load_tokenizer
 from simct.pairing.pair import TokenizerPair
 from simct.secrets import NAMES, redact, without_secrets
 from simct.teachers.served import check_objective
@@ -62,9 +64,9 @@ def describe(
         ValueError: a data file, tokenizer or model configuration that cannot be read, tokenizers that cannot be paired, an
             optimiser whose memory is not known.
     """
-    if assume_memory_gb is not None and not assume_memory_gb > 0:
+    if assume_memory_gb is not None and not 0 < assume_memory_gb < math.inf:
         raise ValueError(f"assume_memory_gb is {assume_memory_gb}: expected a number above 0")
-    records = read_prompts(run.data)
+    records = load_records(run.data, split=run.data_split, streaming=run.streaming, on_bad_row=config.on_bad_row)
     student = meta_model(run.student, "student", {"dtype": torch.float32, **(config.model_init_kwargs or {})})
     dtype = torch.float32 if config.device.type == "cpu" and assume_memory_gb is None else torch.bfloat16
     teacher = None  # behind a server: its tokenizer alone is here
@@ -72,13 +74,16 @@ def describe(
         check_objective(config)
     else:
         teacher = meta_model(run.teacher, "teacher", {"dtype": dtype, **(config.teacher_model_init_kwargs or {})})
-    tokenizers = [_tokenizer(run.student, "student"), _tokenizer(run.teacher, "teacher")]
+    sources = (config.model_init_kwargs or {}, config.teacher_model_init_kwargs or {})
+    sides = list(zip((run.student, run.teacher), ("student", "teacher"), sources, strict=True))
+    tokenizers = [load_tokenizer(None, folder, role, **source) for folder, role, source in sides]
+    generation = [load_generation_config(folder, role, **source) for folder, role, source in sides]
     pair = TokenizerPair(
         *tokenizers,
         config.special_tokens,
         alignment=config.alignment,
-        student_generation_config=_generation_config(run.student),
-        teacher_generation_config=_generation_config(run.teacher),
+        student_generation_config=generation[0],
+        teacher_generation_config=generation[1],
         student_vocabulary_size=student.get_output_embeddings().weight.shape[0],
         chat=config.prompt_format != "text",
     )
@@ -90,25 +95,31 @@ def describe(
 
     console.print(options_table(run, config, recipe or {}))
     console.print(pair_table(pair, *tokenizers))
-    prompts = [prompt_of(record) for record in records[:MEASURED_PROMPTS]]
+    first = records.take(MEASURED_PROMPTS) if run.streaming else records
+    prompts = [prompt_of(record) for record in itertools.islice(rows(first), MEASURED_PROMPTS)]
     texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts[:COVERAGE_PROMPTS]]
     console.print(coverage_table(pair.coverage(texts)), "of the first prompts' own text\n")
 
-    lengths = [len(render_prompt(prompt, tokenizers[0], config.prompt_format)) for prompt in prompts]
+    lengths = prompt_lengths(prompts, tokenizers[0], config)
     numbers = numbers_of(config, student, max(lengths), len(pair.shared), on_cpu=dtype == torch.float32)
     memory = estimate(student, teacher, **numbers)
     available = int(assume_memory_gb * 1e9) if assume_memory_gb else device_memory(config.device)
     console.print(memory_table(memory, available))
 
     prompts_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    steps = config.max_steps if config.max_steps > 0 else _epoch_steps(len(records), prompts_per_step, config)
+    number = None if run.streaming else len(records)
+    if run.streaming and config.max_steps <= 0:
+        raise ValueError(f"max_steps is {config.max_steps}, but the data are streamed: expected a number of steps")
+    steps = config.max_steps if config.max_steps > 0 else _epoch_steps(number, prompts_per_step, config)
     responses = prompts_per_step * _get(config, "num_generations", 1)
     tokens = responses * config.max_new_tokens
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    all_weights = sum(p.numel() for p in student.parameters())
+    said = "Streamed" if number is None else f"{number:,}"
     console.print(
-        f"{len(records):,} prompts, of at most {max(lengths):,} student tokens; {steps:,} optimiser steps of {prompts_per_step:,} "
+        f"{said} prompts, of at most {max(lengths):,} student tokens; {steps:,} optimiser steps of {prompts_per_step:,} "
         f"prompts and {responses:,} responses: at most {tokens:,} response tokens each. "
-        f"{trained:,} of the student's {sum(p.numel() for p in student.parameters()):,} weights are trained.",
+        f"{trained:,} of the student's {all_weights:,} weights are trained.",
         highlight=False,
     )
     _warn_of_context(console, student, lengths, config.max_new_tokens)
@@ -121,9 +132,24 @@ def describe(
     return DryRun(memory, fitting, changes, steps, tokens)
 
 
+def prompt_lengths(prompts: list[Prompt], tokenizer, config) -> list[int]:
+    """Student tokens of each prompt, with on_bad_row="skip" of those that the tokenizer takes. ValueError if there is none."""
+    lengths, refused = [], None
+    for prompt in prompts:
+        try:
+            lengths.append(len(render_prompt(prompt, tokenizer, config.prompt_format, config.chat_template_kwargs)))
+        except ValueError as error:
+            refused = error
+            if config.on_bad_row == "fail":
+                raise
+    if not lengths:
+        raise refused
+    return lengths
+
+
 def meta_model(name: str, role: str, init_kwargs: Mapping[str, Any]) -> nn.Module:
     """A model of the named configuration on the meta device. ValueError if there is no such configuration."""
-    source = {key: value for key, value in init_kwargs.items() if key in SOURCE}
+    source = NO_CODE | {key: value for key, value in init_kwargs.items() if key in SOURCE}
     shape = {key: value for key, value in init_kwargs.items() if key in ("attn_implementation", "dtype")}
     try:
         dtype = shape.get("dtype")
@@ -135,8 +161,10 @@ def meta_model(name: str, role: str, init_kwargs: Mapping[str, Any]) -> nn.Modul
         trust = {key: value for key, value in source.items() if key == "trust_remote_code"}
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **shape, **trust)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ValueError(f"{role} {name!r} has no configuration of a causal language model: {error}") from error
+    except Exception as error:  # a configuration may hold anything
+        raise ValueError(
+            f"{role} {name!r} has no configuration of a causal language model: {error_line(error)}"
+        ) from error
     return model.requires_grad_(role == "student")
 
 
@@ -226,9 +254,10 @@ def options_table(run, config, recipe: Mapping[str, Any]) -> Table:
         given = recipe.get(name)
         origin = "recipe" if name in recipe and _same(value, given) else "command line"
         if origin == "command line" and name in recipe:
-            origin += f" (recipe: {redact(_show(without_secrets(name, given)))})"
+            origin += f" (recipe: {_show(without_secrets(name, given))})"
         shown = redact(_show(without_secrets(name, value)))
-        table.add_row(*(Text(text) for text in (name, shown, "" if needed else _show(usual), origin)))
+        row = (name, shown, "" if needed else _show(usual), redact(origin))
+        table.add_row(*(Text(printable(text)) for text in row))
     return table
 
 
@@ -285,20 +314,6 @@ def _warn_of_context(console: Console, student: nn.Module, lengths: list[int], n
 def _epoch_steps(records: int, prompts_per_step: int, config) -> int:
     per_epoch = records // prompts_per_step if config.dataloader_drop_last else math.ceil(records / prompts_per_step)
     return math.ceil(config.num_train_epochs * max(1, per_epoch)) * _get(config, "num_iterations", 1)
-
-
-def _tokenizer(name: str, role: str):
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the {role}'s tokenizer cannot be loaded from {name!r}: {error}") from error
-
-
-def _generation_config(name: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(name)
-    except OSError:  # not every model has one
-        return None
 
 
 def _usable(available: int) -> float:

@@ -2,18 +2,19 @@
 
 import difflib
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from simct.commands.options import OptionParser
+from simct.console import console, error_line, printable
 from simct.files import check_file, write_json
-
-console = Console()
 
 # What the paper calls its benchmarks, and what the harness does. (Every other name is the harness's own.)
 TASKS = {"gsm8k": "gsm8k", "math500": "minerva_math500", "math-500": "minerva_math500", "mbpp": "mbpp"}
@@ -65,11 +66,9 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     ValueError, before a model is loaded: lm-evaluation-harness is not installed, an unknown task or one that cannot be loaded,
     no model in the folder, an output that cannot be written.
     """
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(EvalArguments, prog="simct eval", description=__doc__, allow_abbrev=False)
+    parser = OptionParser(EvalArguments, prog="simct eval", description=__doc__)
     parser.add_argument("checkpoint", help="folder or hub name of a model, or of a LoRA adapter")
-    options, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    options, rest = parser.parse(argv)
     if find_spec("lm_eval") is None:
         raise ValueError("simct eval needs lm-evaluation-harness, which is not installed: pip install 'simct[eval]'")
     check(options)
@@ -88,14 +87,15 @@ def main(argv: list[str]) -> dict[str, Any] | None:
     if options.limit is not None:
         console.print(f"with --limit {options.limit:g}: no score to report", style="yellow", highlight=False)
     if options.output:
-        console.print(f"results: {options.output}", highlight=False, soft_wrap=True)
+        console.print(f"results: {printable(options.output)}", highlight=False, soft_wrap=True)
     return results
 
 
 def check(options: EvalArguments) -> None:
     """ValueError for an option out of its range, or an output that cannot be written."""
-    if options.limit is not None and not (0 < options.limit < 1 or options.limit == int(options.limit) >= 1):
-        raise ValueError(f"limit is {options.limit:g}: expected a number of documents, or a share between 0 and 1")
+    limit = options.limit
+    if limit is not None and not (0 < limit < 1 or 1 <= limit < math.inf and limit == int(limit)):
+        raise ValueError(f"limit is {limit:g}: expected a number of documents, or a share between 0 and 1")
     if not (options.batch_size.startswith("auto") or options.batch_size.isdecimal() and int(options.batch_size) > 0):
         raise ValueError(f"batch_size is {options.batch_size!r}: expected a number above 0, or auto")
     if options.include_path is not None and not Path(options.include_path).is_dir():
@@ -113,7 +113,12 @@ def checkpoint_arguments(checkpoint: str) -> dict[str, str]:
             raise ValueError(f"checkpoint {checkpoint!r} is no folder: expected one with a model, or a hub name")
         return {"pretrained": checkpoint}
     if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        try:
+            base = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"checkpoint {checkpoint!r} has an adapter_config.json that cannot be read: {error}"
+            ) from error
         if not base:
             raise ValueError(
                 f"checkpoint {checkpoint!r} is an adapter that does not name its base model: expected base_model_name_or_path"
@@ -184,6 +189,7 @@ def evaluate(model_args: dict[str, str], tasks: list, options: EvalArguments) ->
     """`lm_eval.simple_evaluate` on the checkpoint. ValueError if that cannot be loaded, or has no chat template but needs one."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     batch_size = int(options.batch_size) if options.batch_size.isdecimal() else options.batch_size
     device = {} if options.device is None else {"device": options.device}
@@ -195,9 +201,9 @@ def evaluate(model_args: dict[str, str], tasks: list, options: EvalArguments) ->
             dtype=options.dtype,
             trust_remote_code=options.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # a broken file of weights or of a tokenizer has errors of its own
         raise ValueError(
-            f"checkpoint {model_args.get('peft', model_args['pretrained'])!r} cannot be loaded: {error}"
+            f"checkpoint {model_args.get('peft', model_args['pretrained'])!r} cannot be loaded: {error_line(error)}"
         ) from error
     has_template = bool(model.tokenizer.chat_template)
     if options.apply_chat_template and not has_template:
@@ -219,12 +225,13 @@ def evaluate(model_args: dict[str, str], tasks: list, options: EvalArguments) ->
         apply_chat_template=options.apply_chat_template,
         gen_kwargs=options.gen_kwargs,
         confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+        task_manager=TaskManager(include_defaults=False),  # the tasks are there: its own need not be indexed again
     )
 
 
 def results_table(results: dict[str, Any], checkpoint: str) -> Table:
     """Task, metric (with the filter that read the responses), value ± standard error, and how many documents there were."""
-    table = Table(title=f"lm-evaluation-harness: {checkpoint}")
+    table = Table(title=Text(f"lm-evaluation-harness: {printable(checkpoint)}"))
     for column, justify in (("task", "left"), ("metric", "left"), ("value", "right"), ("documents", "right")):
         table.add_column(column, justify=justify)
     for task, scores in results["results"].items():
@@ -236,7 +243,9 @@ def results_table(results: dict[str, Any], checkpoint: str) -> Table:
             error = scores.get(f"{metric}_stderr,{taken}")
             shown = f"{value:.4f}" if isinstance(value, float) else str(value)
             shown += f" ± {error:.4f}" if isinstance(error, float) else ""
-            table.add_row(task, metric if taken == "none" else f"{metric} ({taken})", shown, str(documents))
+            table.add_row(
+                Text(printable(task)), metric if taken == "none" else f"{metric} ({taken})", shown, str(documents)
+            )
     return table
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from simct.console import UsageError, console
+from simct.console import before_work, console, printable
 
 # What is measured without --text: prose, code and mathematics, as students write them.
 SAMPLES = {
@@ -42,7 +42,7 @@ def inspect(options: argparse.Namespace) -> None:
     from simct.inspection.tables import pair_table
     from simct.inspection.terminal import print_inspection
 
-    try:
+    with before_work():
         _check(options)
         if options.html is not None:
             check_file(options.html)
@@ -50,14 +50,12 @@ def inspect(options: argparse.Namespace) -> None:
         pair, sides, answers = (_scored if options.models else _aligned)(options, texts)
         inspection = inspect_answers(pair, *sides, answers)
         advice = advise(inspection, pair, *sides, answers)
-    except (ValueError, OSError) as error:
-        raise UsageError(error) from error
     console.print(pair_table(pair, *sides))
     print_inspection(console, inspection, advice)
     if options.html is not None:
         most = MOST_TOKENS if options.max_tokens is None else options.max_tokens
         write_page(options.html, inspection, advice, note=_note(options), max_tokens=most)
-        console.print(f"page: {options.html}", highlight=False, soft_wrap=True)
+        console.print(f"page: {printable(options.html)}", highlight=False, soft_wrap=True)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -80,20 +78,24 @@ def _texts(path: Path | None, whole: bool) -> dict[str, str]:
     """Texts by title."""
     if path is None:
         return SAMPLES
-    text = path.read_text("utf-8")
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text file {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}") from error
     parts = [text] if whole else [part for part in text.split("\n\n") if part.strip()]
     if not text.strip():
         raise ValueError(f"text file {str(path)!r} is empty")
-    return {path.name: text} if whole else {f"{path.name}, paragraph {i}": part for i, part in enumerate(parts, 1)}
+    name = printable(path.name)
+    return {name: text} if whole else {f"{name}, paragraph {i}": part for i, part in enumerate(parts, 1)}
 
 
 def _note(options: argparse.Namespace) -> str:
     if options.text is None:
         note = "Built-in samples."
     elif options.whole:
-        note = f"One answer, {options.text.name}."
+        note = f"One answer, {printable(options.text.name)}."
     else:
-        note = f"Each paragraph of {options.text.name} is an answer; the blank lines between them belong to none."
+        note = f"Each paragraph of {printable(options.text.name)} is an answer; the blank lines between them belong to none."
     if options.models:
         behind = "after nothing but each model's beginning of text" if options.prompt is None else "after a prompt"
         note += f" Scored {behind}."
@@ -102,20 +104,13 @@ def _note(options: argparse.Namespace) -> str:
 
 def _aligned(options: argparse.Namespace, texts: dict[str, str]):
     """The pair, both tokenizers and the answers, from tokenizers alone."""
-    from transformers import AutoTokenizer, GenerationConfig
-
     from simct.inspection.report import Answer
+    from simct.models.loading import load_generation_config, load_tokenizer
     from simct.pairing.pair import TokenizerPair
 
-    def generation_config(name: str) -> GenerationConfig | None:
-        try:
-            return GenerationConfig.from_pretrained(name)
-        except OSError:  # a folder with only a tokenizer
-            return None
-
-    names = (options.student, options.teacher)
-    sides = [AutoTokenizer.from_pretrained(name) for name in names]
-    student_config, teacher_config = map(generation_config, names)
+    named = {"student": options.student, "teacher": options.teacher}
+    sides = [load_tokenizer(None, folder, role) for role, folder in named.items()]
+    student_config, teacher_config = (load_generation_config(folder, role) for role, folder in named.items())
     pair = TokenizerPair(*sides, student_generation_config=student_config, teacher_generation_config=teacher_config)
     student = pair.encode_student(texts.values())
     rows = zip(student, pair.encode_teacher(student), texts, strict=True)

@@ -55,7 +55,7 @@ class Journal:
         self.path.unlink()
 
     def _write(self, content: Any) -> None:
-        self._file.write(json.dumps(content, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 

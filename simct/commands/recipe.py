@@ -42,16 +42,21 @@ def find_recipe(name: str) -> Path:
     raise ValueError(f"recipe {name!r} does not exist{hint}: expected a YAML file or one of {', '.join(known)}")
 
 
-def recipe_options(path: str | Path) -> dict[str, Any]:
-    """A recipe's options by name. ValueError for a file that is no mapping, or that names an option twice."""
+def read_options(path: str | Path, kind: str = "recipe") -> dict[str, Any]:
+    """The options in a YAML file by name. ValueError for a file that is no mapping, or that names an option twice; `kind` says in
+    the message what the file is."""
+    name = f"{kind} {str(path)!r}"
     try:
         options = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_NoRepeats)
     except OSError as error:
-        raise ValueError(f"recipe {str(path)!r} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {str(path)!r} is not YAML: {error}") from None
+        raise ValueError(f"{name} cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, a number of 5,000 digits
+        raise ValueError(f"{name} is not YAML: {error}") from None
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
-        raise ValueError(f"recipe {str(path)!r} holds {type(options).__name__}: expected a mapping of options")
+        raise ValueError(f"{name} holds {type(options).__name__}: expected a mapping of options")
+    spelled = [key.replace("-", "_") for key in options]
+    if twice := next((key for key in spelled if spelled.count(key) > 1), None):
+        raise ValueError(f"{name}: option {twice!r} is there twice, with a dash and without")
     return options
 
 
@@ -88,7 +93,8 @@ class _NoRepeats(yaml.SafeLoader):
     """Refuses a key that comes twice: of two `units:` the file would silently mean the second."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"option {key!r} is there twice")

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simct.commands.options import option_files, with_option_files
-from simct.console import UsageError, console
+from simct.console import before_work, console, printable
 
 
 @dataclass
@@ -44,8 +43,7 @@ class RunArguments:
 
 def train(argv: list[str]) -> None:
     """`simct train --student S --teacher T --data DATA [--recipe NAME] [--config FILE.yaml] [any SimCTConfig option]`."""
-    from transformers import HfArgumentParser
-
+    from simct.commands.options import OptionParser
     from simct.data.prompts import prompt_of
     from simct.inspection.samples import SamplePages
     from simct.inspection.tables import coverage_table, pair_table
@@ -54,14 +52,9 @@ def train(argv: list[str]) -> None:
     from simct.training.progress import ProgressBar
     from simct.training.trainer import SimCTTrainer
 
-    parser = HfArgumentParser(
-        (RunArguments, SimCTConfig), prog="simct train", description=train.__doc__, allow_abbrev=False
-    )
-    parser.add_argument("--recipe", help="a recipe of this package (simct recipes), weaker than --config")
-    parser.add_argument("--config", help="YAML file with any of these options; the command line takes precedence")
-    try:
-        words = with_option_files(argv)
-        run, config, _ = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    parser = OptionParser((RunArguments, SimCTConfig), prog="simct train", description=train.__doc__)
+    with before_work():
+        run, config, _ = parser.parse(argv)
         adapter = read_adapter(run.peft_config)
         if run.merge_adapter and adapter is None:
             raise ValueError("merge_adapter is True, but there is no peft_config: expected an adapter to merge")
@@ -72,11 +65,11 @@ def train(argv: list[str]) -> None:
             resume = checkpoint(config.resume_from_checkpoint, config.output_dir)
             teacher = from_json("teacher", run.teacher)
             trainer = SimCTTrainer(run.student, teacher, config, records, held_out, peft_config=adapter)
+            if resume:
+                trainer.check_checkpoint(resume)
             if config.inspect_samples:
                 trainer.add_callback(SamplePages(trainer))
             bar = ProgressBar.install(trainer, console)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        raise UsageError(error) from error
     if run.dry_run:
         raise SystemExit(0 if fits else 1)
 
@@ -106,14 +99,13 @@ def train(argv: list[str]) -> None:
         trainer.state.save_to_json(str(Path(config.output_dir) / "trainer_state.json"))
         if before and after:
             console.print(evaluation_table(before, after))
-        console.print(
-            f"student:  {config.output_dir}\ncurves:   {curves}\ntimeline: {timeline}", highlight=False, soft_wrap=True
-        )
+        for what, path in (("student: ", config.output_dir), ("curves:  ", curves), ("timeline:", timeline)):
+            console.print(f"{what} {printable(path)}", highlight=False, soft_wrap=True)
 
 
 def read_data(run: RunArguments, config):
     """The records to train on and the held-out ones (None if there are none)."""
-    from simct.data.records import load_records
+    from simct.data.records import load_records, part_of
 
     options = dict(on_bad_row=config.on_bad_row)  # what is skipped is a warning
     records = load_records(run.data, split=run.data_split, streaming=run.streaming, **options)
@@ -128,9 +120,7 @@ def read_data(run: RunArguments, config):
             f"eval_prompts is {run.eval_prompts}: expected fewer than the {len(records)} records of {run.data}"
         )
     cut = len(records) - run.eval_prompts
-    if hasattr(records, "select"):
-        return records.select(range(cut)), records.select(range(cut, len(records)))
-    return records[:cut], records[cut:]
+    return part_of(records, 0, cut), part_of(records, cut, len(records))
 
 
 def read_adapter(given: str | None):
@@ -155,9 +145,10 @@ def read_adapter(given: str | None):
 def dry_run(run: RunArguments, config, argv: list[str], adapter) -> bool:
     """Prints what the run would be; whether it fits."""
     from simct.commands.dry_run import describe
+    from simct.commands.options import option_files
 
     given = {}
-    for options in option_files(argv)[0]:
+    for _, options in option_files(argv):
         given.update(options)
     result = describe(run, config, console, recipe=given, assume_memory_gb=run.assume_memory_gb, peft_config=adapter)
     return result.fits

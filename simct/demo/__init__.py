@@ -6,6 +6,10 @@ The models ship with the package; `simct.demo.make_models` made them.
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
+
+from simct.console import console as terminal
+from simct.console import printable
 
 ASSETS = Path(__file__).parent / "assets"
 SENTENCE = "Return the codec's StreamWriter for UTF-8.\nIt is unnecessarily slow: 1024 bytes at 3.5 MB/s."
@@ -19,7 +23,7 @@ def run_demo(
     Writes `output/student` (a folder that `AutoModelForCausalLM.from_pretrained` loads) and `output/curves.png`. Returns the two
     evaluations, {"before": ..., "after": ...}. One seed gives the same numbers on one machine.
     """
-    console = console or Console()
+    console = console or terminal
 
     import torch
     from transformers.utils import logging
@@ -54,8 +58,9 @@ def run_demo(
     bar = ProgressBar.install(trainer, console)
 
     console.print(pair_table(trainer.pair, trainer.processing_class, trainer.teacher.tokenizer))
+    one, longer = ("1:1", "green"), ("longer", "yellow")
     console.print(
-        "\nOne text, cut by both tokenizers ([green]1:1[/] SimpleOPD and SimCT, [yellow]longer[/] SimCT only):"
+        Text.assemble("\nOne text, cut by both tokenizers (", one, " SimpleOPD and SimCT, ", longer, " SimCT only):")
     )
     console.print(cut_text(trainer.pair.cut(SENTENCE), console.width), soft_wrap=True)
     console.print()
@@ -75,5 +80,5 @@ def run_demo(
     trainer.save_model(str(student))
     plot_curves([{"step": 0, **before}, *trainer.state.log_history], curves)
     console.print(evaluation_table(before, after))
-    console.print(f"student: {student}\ncurves:  {curves}", highlight=False)
+    console.print(f"student: {printable(student)}\ncurves:  {printable(curves)}", highlight=False)
     return {"before": before, "after": after}

@@ -12,7 +12,7 @@ from pathlib import Path
 from simct.console import printable
 from simct.files import replaced
 from simct.inspection.advice import Advice
-from simct.inspection.report import REASONS, InspectedAnswer, Inspection, ScriptRow, Stretch, Token, Vocabulary
+from simct.inspection.report import REASONS, SHOWN, InspectedAnswer, Inspection, ScriptRow, Stretch, Token, Vocabulary
 from simct.inspection.tables import RULES
 
 MOST_TOKENS = 5000  # student tokens drawn on a page; about 0.6 kB each
@@ -131,10 +131,11 @@ def _texts(inspection: Inspection, max_tokens: int) -> str:
     drawn, total = inspection.beginning(max_tokens), inspection.tokens()
     done = sum(len(stretch.student) for _, stretches in drawn for stretch in stretches)
     notice = ""
-    if done < total:
+    if sum(len(stretches) for _, stretches in drawn) < sum(len(answer.stretches) for answer in inspection.answers):
+        needed = max(total, -(-inspection.coverage.teacher_tokens // 8))
         notice = (
             f'<p class="notice">Drawn are the first {done:,} of {total:,} student tokens; all figures count all of them. '
-            f"<code>--max_tokens {total}</code> draws everything.</p>"
+            f"<code>--max_tokens {needed}</code> draws everything.</p>"
         )
     views = '<div class="key only">' + _kind_key() + "</div>"
     if inspection.scored:
@@ -202,17 +203,23 @@ def _in_lines(shown: Sequence[Stretch]) -> Iterator[str]:
             yield "<br>"
 
 
-def _stretch(stretch: Stretch) -> str:
+def _stretch(stretch: Stretch, most: int | None = None) -> str:
+    """One box; of each side at most so many tokens."""
     classes = ["u", _CLASSES[stretch.kind]]
     if stretch.score is not None:
         classes.append(f"q{bucket(stretch.score.loss, LOSS_STEPS)}")
         classes.append(f"d{bucket(stretch.score.teacher - stretch.score.student, DIFFERENCE_STEPS)}")
-    rows = "".join(
-        f'<span class="r">{"".join(map(_token, side))}</span>' for side in (stretch.student, stretch.teacher)
-    )
-    return (
-        f'<span class="{" ".join(classes)}" tabindex="0" role="group" title="{escape(describe(stretch))}">{rows}</span>'
-    )
+    rows = ""
+    for side in stretch.student, stretch.teacher:
+        more = f'<i class="more">{left_out(side, most)}</i>' if left_out(side, most) else ""
+        rows += f'<span class="r">{"".join(map(_token, side[:most]))}{more}</span>'
+    title = escape(describe(stretch, most))
+    return f'<span class="{" ".join(classes)}" tabindex="0" role="group" title="{title}">{rows}</span>'
+
+
+def left_out(side: Sequence[Token], most: int | None) -> str:
+    """What to say of the tokens behind the first so many; nothing if there are none."""
+    return f"and {len(side) - most:,} more" if most is not None and len(side) > most else ""
 
 
 def _token(token: Token) -> str:
@@ -234,16 +241,19 @@ def _visible(token: Token) -> str:
     return re.sub("</i><i>", "", "".join(f"<i>{text}</i>" if stands else text for stands, text in shown))
 
 
-def describe(stretch: Stretch) -> str:
-    """What is known of one unit or stretch, as lines of plain text: bytes, ids, scores, why it is lost."""
+def describe(stretch: Stretch, most: int | None = None) -> str:
+    """What is known of one unit or stretch, as lines of plain text: bytes, ids (of at most so many tokens a side), scores, why it
+    is lost."""
     size = len(stretch.text)
     end = f"bytes {stretch.start:,} to {stretch.start + size - 1:,}" if size else "no bytes"
     count = f"{len(stretch.student)} student to {len(stretch.teacher)} teacher token{'s' * (len(stretch.teacher) != 1)}"
     lines = [f"{stretch.kind}{' unit' * (stretch.kind != 'unsupervised')}, {count}, {end}"]
     for role, side in (("student", stretch.student), ("teacher", stretch.teacher)):
-        for token in side:
+        for token in side[:most]:
             spelled = "special" if token.piece is None else token.piece.hex(" ")
             lines.append(f"{role} {token.id}  {printable(token.name)}  {spelled}")
+        if left_out(side, most):
+            lines.append(f"{role} {left_out(side, most)}")
     for reason in dict.fromkeys(stretch.reasons):
         lines.append(f"without supervision: {REASONS[reason]}")
     if stretch.score is not None:
@@ -290,7 +300,7 @@ def _ranking(title: str, what: str, found: list[tuple[Stretch, int]]) -> str:
             score = stretch.score
             figures += [f"{v:.3f}" for v in (score.student, score.teacher, score.loss)] if score else ["", "", ""]
         cells = "".join(f'<td class="n">{figure}</td>' for figure in figures)
-        rows.append(f'<tr><td class="mono">{_stretch(stretch)}</td>{cells}</tr>')
+        rows.append(f'<tr><td class="mono">{_stretch(stretch, SHOWN)}</td>{cells}</tr>')
     return (
         f'<h2>{title}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
         f"<caption>The first {len(rows)} {what}, each text once.</caption></table></div>"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from simct.console import printable
 from simct.inspection.scripts import SCRIPTS, script_of
 from simct.pairing.coverage import Coverage
 from simct.pairing.pair import Alignment, TokenizerPair
@@ -23,6 +24,7 @@ REASONS = {
     "after_end": "behind the first end of the turn",
     LEFT_OUT: "a unit that the run's options leave out (units, mask_longer, teacher_mass_floor)",
 }
+SHOWN = 40  # tokens of a side of one unit in a table of units: a unit may be as long as the response
 KINDS = ("single", "longer", "unsupervised")
 
 
@@ -133,18 +135,18 @@ class Inspection:
         return sum(answer.tokens(kind) for answer in self.answers)
 
     def beginning(self, tokens: int) -> list[tuple[InspectedAnswer, list[Stretch]]]:
-        """The answers as far as so many student tokens go, in whole stretches."""
-        found, left = [], tokens
+        """The answers as far as so many student tokens go, and eight times as many of the teacher's, in whole stretches."""
+        found, left, theirs = [], tokens, 8 * tokens
         for answer in self.answers:
             stretches = []
             for stretch in answer.stretches:
-                left -= len(stretch.student)
-                if left < 0:
+                left, theirs = left - len(stretch.student), theirs - len(stretch.teacher)
+                if min(left, theirs) < 0:
                     break
                 stretches.append(stretch)
             if stretches:
                 found.append((answer, stretches))
-            if left < 0:
+            if min(left, theirs) < 0:
                 break
         return found
 
@@ -191,7 +193,7 @@ def inspect_answers(pair: TokenizerPair, student_tokenizer, teacher_tokenizer, a
 
 
 def _vocabulary(tokenizer, ends: Sequence[int]) -> Vocabulary:
-    name = Path(tokenizer.name_or_path).name or type(tokenizer).__name__
+    name = printable(Path(tokenizer.name_or_path).name) or type(tokenizer).__name__
     return Vocabulary(name, len(tokenizer), tuple(Token(i, tokenizer.convert_ids_to_tokens(i), None) for i in ends))
 
 

@@ -36,7 +36,7 @@ def pair_table(pair: TokenizerPair, student, teacher) -> Table:
         size = len(tokenizer)
         names = ", ".join(f"{printable(tokenizer.convert_ids_to_tokens(i))} ({i})" for i in ends)
         table.add_row(
-            Text(f"{role} {Path(tokenizer.name_or_path).name}"),
+            Text(f"{role} {printable(Path(tokenizer.name_or_path).name)}"),
             f"{size:,}",
             f"{shared:,} ({shared / size:.0%})",
             Text(names),

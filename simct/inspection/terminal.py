@@ -8,8 +8,8 @@ from rich.text import Text
 
 from simct.console import printable, show_bytes
 from simct.inspection.advice import Advice
-from simct.inspection.page import LOSS_STEPS, bucket, bucket_names
-from simct.inspection.report import REASONS, Inspection, Stretch, Token
+from simct.inspection.page import LOSS_STEPS, bucket, bucket_names, left_out
+from simct.inspection.report import REASONS, SHOWN, Inspection, Stretch, Token
 from simct.inspection.tables import STYLES, coverage_table
 
 DRAWN_TOKENS = 300
@@ -96,10 +96,11 @@ def _ranking(title: str, found: list[tuple[Stretch, int]], scored: bool) -> Tabl
     for column in columns:
         table.add_column(column, justify="right")
     for stretch, times in found:
-        sides = (
-            Text("│".join(map(_show, side)) + "\n" + " ".join(str(token.id) for token in side), overflow="fold")
-            for side in (stretch.student, stretch.teacher)
-        )
+        sides = []
+        for side in stretch.student, stretch.teacher:
+            tokens, ids = "│".join(map(_show, side[:SHOWN])), " ".join(str(token.id) for token in side[:SHOWN])
+            more = f"\n{left_out(side, SHOWN)}" if left_out(side, SHOWN) else ""
+            sides.append(Text(f"{tokens}\n{ids}{more}", overflow="fold"))
         figures = [f"{len(stretch.text):,}", f"{times:,}"]
         if scored:
             score = stretch.score

@@ -47,6 +47,12 @@ def check_head(model: PreTrainedModel, name: str) -> None:
         ours = head.logits(response_hidden_states(model, sequences))
     finally:
         model.train(training)
+    if not (own.isfinite().all() and ours.isfinite().all()):
+        names = ", ".join(nonfinite_weights(model)[:3]) or "none, they overflow"
+        raise ValueError(
+            f"{name} {type(model).__name__} has logits that are no finite numbers (such weights: {names}): expected a model "
+            "that is whole, in a precision that holds its activations"
+        )
     tolerance = 1e-3 if own.dtype == head.weight.dtype else 0.05  # low-precision heads round their logits
     difference = (own - ours[:, : own.shape[1]].float()).abs().max() / own.abs().max().clamp(min=1e-6)
     if not difference <= tolerance:
@@ -55,3 +61,21 @@ def check_head(model: PreTrainedModel, name: str) -> None:
             f"(relative difference {difference:.2g}): "
             "expected logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)"
         )
+
+
+@torch.no_grad()
+def nonfinite_weights(model: nn.Module) -> list[str]:
+    """The names of the parameters that hold a value that is no finite number; of a sharded model (FSDP2), in this process's shards.
+
+    Reads each weight once, copies none, and waits for a device once.
+    """
+    named, largest = [], []
+    for name, parameter in model.named_parameters():
+        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if own.is_floating_point() and own.itemsize > 1 and own.numel() and not own.is_meta:
+            named.append(name)
+            largest.append(torch.linalg.vector_norm(own, torch.inf).float())  # a NaN goes through a maximum
+    if not named:
+        return []
+    finite = torch.stack([value.to(largest[0].device) for value in largest]).isfinite().tolist()
+    return [name for name, good in zip(named, finite, strict=True) if not good]

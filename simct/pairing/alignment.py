@@ -13,6 +13,7 @@ import numpy as np
 
 # Words of alphabetic scripts with their leading space and combining marks; other scripts are compared by character.
 _WORDS = re.compile(r" ?[A-Za-z0-9_\u00c0-\u1fff]+|\s+|.", re.DOTALL)
+_INVALID = re.compile("[\udc80-\udcff]+")
 _WINDOW = 64  # words in which the two texts must agree again after a difference
 
 # int64 [G] each, in rows: student start, student length, teacher start, teacher length.
@@ -113,16 +114,20 @@ def matching_blocks(student: bytes, teacher: bytes) -> list[tuple[int, int, int]
 
 
 def invalid_utf8(text: bytes) -> list[tuple[int, int]]:
-    """The spans `[start, stop)` that are not valid UTF-8: what `decode(errors="ignore")` leaves out."""
-    spans: list[tuple[int, int]] = []
-    at, view = 0, memoryview(text)
-    while True:
-        try:
-            str(view[at:], "utf-8")
-            return spans
-        except UnicodeDecodeError as error:
-            spans.append((at + error.start, at + error.end))
-            at += error.end
+    """The stretches `[start, stop)` that are not valid UTF-8: what `decode(errors="ignore")` leaves out."""
+    try:
+        text.decode()
+        return []
+    except UnicodeDecodeError:
+        pass
+    # One pass, in which every byte of no character becomes a surrogate of its own.
+    spans, at, decoded, done = [], 0, text.decode("utf-8", "surrogateescape"), 0
+    for found in _INVALID.finditer(decoded):
+        at += len(decoded[done : found.start()].encode())
+        done = found.end()
+        spans.append((at, at + done - found.start()))
+        at = spans[-1][1]
+    return spans
 
 
 def _continues(text: bytes, at: int) -> bool:

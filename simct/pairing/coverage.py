@@ -70,15 +70,30 @@ def greedy_single(student: Sequence[str], teacher: Sequence[str]) -> list[tuple[
     i = j = 0
     single: list[tuple[int, int]] = []
     while i < len(student) and j < len(teacher):
-        a, b, m, n = student[i], teacher[j], 1, 1
-        while a != b:
-            if len(a) < len(b) and b.startswith(a) and i + m < len(student):
-                a, m = a + student[i + m], m + 1
-            elif len(b) < len(a) and a.startswith(b) and j + n < len(teacher):
-                b, n = b + teacher[j + n], n + 1
+        if student[i] == teacher[j]:
+            single.append((i, j))
+            i, j = i + 1, j + 1
+            continue
+        # One side's text is the beginning of the other's: `longer` is the last token of the side that is ahead, and its first
+        # `known` characters are spelled by both sides. No text is put together: that would take their length squared.
+        m = n = 1
+        ahead = len(student[i]) > len(teacher[j])
+        longer, other = (student[i], teacher[j]) if ahead else (teacher[j], student[i])
+        if len(longer) == len(other) or not longer.startswith(other):
+            return single
+        known = len(other)
+        while known < len(longer):
+            if (j + n if ahead else i + m) >= (len(teacher) if ahead else len(student)):
+                return single
+            if ahead:
+                token, n = teacher[j + n], n + 1
+            else:
+                token, m = student[i + m], m + 1
+            if longer.startswith(token, known):
+                known += len(token)
+            elif token.startswith(longer[known:]):
+                longer, known, ahead = token, len(longer) - known, not ahead
             else:
                 return single
-        if m == n == 1:
-            single.append((i, j))
         i, j = i + m, j + n
     return single

@@ -16,6 +16,7 @@ _SUPPORTED = (
     "SentencePiece style with byte fallback (Gemma, Mistral, Llama-2) and WordPiece"
 )
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_MOST_GAPS = 8  # ids to a token, in a vocabulary of over a million ids: tables are as long as the largest id
 _UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
 # Every text is in NFC but the last, which a tokenizer with a Unicode normaliser may spell in its own form.
@@ -37,7 +38,7 @@ def token_bytes(tokenizer) -> list[bytes | None]:
     Returns a list of length `largest id + 1`. `None` stands for a special token and for an id that no token has. A
     SentencePiece token's space marker is a space; a WordPiece continuation loses its `##`.
 
-    Raises ValueError for a tokenizer of another family, or without a backend to read.
+    Raises ValueError for a tokenizer of another family, without a backend to read, or with an id far beyond its number of tokens.
     """
     backend = _backend(tokenizer)
     name = describe(tokenizer)
@@ -69,7 +70,11 @@ def token_bytes(tokenizer) -> list[bytes | None]:
         raise ValueError(f"{name} is a {model} tokenizer with decoder {kinds}; {_SUPPORTED}")
 
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    pieces: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
+    last = max(vocabulary, key=vocabulary.__getitem__, default="")
+    size = vocabulary.get(last, -1) + 1
+    if size > max(_MOST_GAPS * len(vocabulary), 2**20):
+        raise ValueError(f"{name} gives its token {last!r} the id {size - 1:,}, but has {len(vocabulary):,} tokens")
+    pieces: list[bytes | None] = [None] * size
     for token, index in vocabulary.items():
         pieces[index] = spell(token)
     special = {index for index in tokenizer.all_special_ids if index < len(pieces)}

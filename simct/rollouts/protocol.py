@@ -3,6 +3,7 @@
 An engine knows a model and its sampling settings; it knows no tokenizer, no teacher and no loss.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -13,6 +14,16 @@ IN_PROCESS = ("auto", "continuous", "static")  # with the student's own weights
 ENGINES = (*IN_PROCESS, "vllm", "vllm-server")
 
 
+def check_logprobs(logprobs: Sequence[float]) -> None:
+    """FloatingPointError unless the log-probabilities of a response's tokens are finite numbers."""
+    for position, value in enumerate(logprobs):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"token {position} of a sampled response has the log-probability {value}: the model's logits are no finite numbers "
+                "(weights that have diverged or are damaged, or a precision that does not hold its activations)"
+            )
+
+
 @dataclass(frozen=True)
 class Response:
     """One sampled response.
@@ -20,11 +31,16 @@ class Response:
     `token_ids` ends with the end-of-turn token exactly when `finish_reason` is "stop"; "stop_string": it ends with the token that
     completed a stop string; "length": its budget ran out. `logprobs`: log-probability of each token as the engine saw it (of the
     model's own distribution: temperature 1, no truncation), if the engine says so.
+
+    FloatingPointError for log-probabilities that are no finite numbers: such logits give tokens, but no sample of the model.
     """
 
     token_ids: list[int]
     finish_reason: Literal["stop", "stop_string", "length"]
     logprobs: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        check_logprobs(self.logprobs or ())
 
 
 @dataclass(frozen=True)
@@ -44,10 +60,13 @@ class Sampling:
             raise ValueError("end_ids is empty: expected at least one token id that ends a response")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: expected at least 1")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}: expected 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: expected a number in (0, 1]")
+        for stop in self.stop_strings:
+            if not isinstance(stop, str) or not stop or not is_text(stop):
+                raise ValueError(f"stop_strings holds {stop!r}: expected texts of at least one character")
 
     def generation_config(self) -> GenerationConfig:
         greedy = self.temperature == 0
@@ -67,6 +86,11 @@ class Sampling:
             if token in self.end_ids:
                 return Response(list(token_ids[: position + 1]), "stop")
         return Response(list(token_ids), "length")
+
+
+def is_text(string: str) -> bool:
+    """Whether it can be written as UTF-8: a byte of a command line that is no character cannot."""
+    return not any("\ud800" <= c <= "\udfff" for c in string)
 
 
 def cut_at_stop_string(response: Response, pieces: Sequence[bytes | None], stop_strings: Sequence[str]) -> Response:

@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.utils import is_flash_attn_2_available
 
 from simct.rollouts.draws import UniformDraws, uniform_numbers
-from simct.rollouts.protocol import IN_PROCESS, Response, RolloutEngine, Sampling
+from simct.rollouts.protocol import IN_PROCESS, Response, RolloutEngine, Sampling, check_logprobs
 
 
 class StaticBatching:
@@ -103,6 +104,11 @@ class ContinuousBatching:
             for i, r in enumerate(request_ids)
             if r not in results or results[r].error is not None
         ]
+        # What torch.multinomial says, on a CPU and on a GPU, whose context it leaves unusable.
+        if any("probability tensor contains" in m or "device-side assert" in m for m in failed):
+            raise FloatingPointError(
+                f"{type(self.model).__name__} cannot be sampled from: its logits are no finite numbers, it seems ({failed[0]})"
+            )
         if failed:
             raise RuntimeError(f"{len(failed)} of {len(prompts)} rollouts failed, the first: {failed[0]}")
         responses = []
@@ -112,6 +118,7 @@ class ContinuousBatching:
         for r in request_ids:
             response = sampling.response(results[r].generated_tokens)
             logprobs = list(getattr(results[r], "logprobs", None) or [])[: len(response.token_ids)]
+            check_logprobs(logprobs)
             if plain and len(logprobs) == len(response.token_ids):
                 response = replace(response, logprobs=logprobs)
             responses.append(response)
@@ -233,6 +240,8 @@ def make_engine(
     if engine == "static" or (engine == "auto" and model.device.type == "cpu"):
         return StaticBatching(model, tokenizer=tokenizer)
     try:
+        if not hasattr(ContinuousBatchingManager, "pause"):
+            raise ImportError("transformers 5.18 or newer is needed for it")
         ContinuousBatching(model).generate([[0, 1]], Sampling(end_ids=(0,), pad_id=0, max_new_tokens=2), seed=0)
         warn_of_lost_softcap(model)
         return ContinuousBatching(model, kv_cache_gb=kv_cache_gb)

@@ -1,6 +1,7 @@
 """What both vLLM engines ask for and what they make of the answer: one request a prompt, token ids in, token ids out."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from operator import index
 from typing import Any
@@ -68,10 +69,11 @@ def to_response(
     vocab_size: int | None = None,
 ) -> Response:
     """RuntimeError for an answer that is not a response: an aborted request, one whose parts contradict each other, ids that are
-    none of `vocab_size`, log-probabilities that cannot be any."""
+    none of `vocab_size`, log-probabilities above 0; FloatingPointError for log-probabilities that are no finite numbers (which JSON
+    may write as null)."""
     try:
         token_ids = [index(token) for token in token_ids]
-        logprobs = None if logprobs is None else [float(value) for value in logprobs]
+        logprobs = None if logprobs is None else [math.nan if value is None else float(value) for value in logprobs]
     except (TypeError, ValueError) as error:
         raise RuntimeError(f"vLLM's response cannot be read: {words(error)}") from None
     wrong = [token for token in token_ids if token < 0 or (vocab_size is not None and token >= vocab_size)]
@@ -80,7 +82,7 @@ def to_response(
         raise RuntimeError(f"vLLM's response has token id {wrong[0]}: expected ids {known}")
     if len(token_ids) > sampling.max_new_tokens:
         raise RuntimeError(f"vLLM's response has {len(token_ids)} tokens: expected at most {sampling.max_new_tokens}")
-    wrong = [value for value in logprobs or () if not value <= ROUNDING]
+    wrong = [value for value in logprobs or () if value > ROUNDING]
     if wrong:
         raise RuntimeError(f"vLLM's response has {wrong[0]} as a log-probability: expected 0 or less")
     reason = "stop_string" if finish_reason == "stop" and isinstance(stop_reason, str) else finish_reason

@@ -1,12 +1,13 @@
 """Teachers by name: models loaded here, and those behind an address."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
-from simct.models.loading import SOURCE, load_model, load_tokenizer
+from simct.models.loading import NO_CODE, SOURCE, load_generation_config, load_model, load_tokenizer
 from simct.teachers.local import LocalTeacher
 from simct.teachers.served import ServedTeacher, check_objective, check_server_options
 
@@ -51,7 +52,7 @@ def load_teachers(
         options = {"dtype": dtype, **(args.teacher_model_init_kwargs or {})}
         if args.device.type == "cuda" and "attn_implementation" not in options and is_flash_attn_2_available():
             options["attn_implementation"] = "flash_attention_2"
-        model = load_model(model, label, **options)
+        model = load_model(model, label, allow_missing_weights=args.allow_missing_weights, **options)
         if model is student:
             raise ValueError(f"{label} is the student's own model object: it would be frozen, load it twice")
         found[name] = LocalTeacher(model, load_tokenizer(own, model, label, **options))
@@ -61,21 +62,16 @@ def load_teachers(
 def load_served(
     folder: Teacher, url: str, tokenizer: PreTrainedTokenizerBase | None, args: Any, label: str
 ) -> ServedTeacher:
-    """The teacher at an address. Of its folder (or hub name) only the tokenizer and the generation configuration are read."""
+    """The teacher at an address. Of its folder (or hub name) the tokenizer and the configurations are read."""
     if not isinstance(folder, str):
         raise ValueError(f"{label} is a {type(folder).__name__}, but teacher_url is given: expected its name or folder")
     source = {k: v for k, v in (args.teacher_model_init_kwargs or {}).items() if k in SOURCE}
     tokenizer = load_tokenizer(tokenizer, folder, label, **source)
-    try:
-        generation = GenerationConfig.from_pretrained(folder, **{k: v for k, v in source.items() if k != "gguf_file"})
-    except OSError:  # a folder with only a tokenizer
-        generation = None
+    generation = load_generation_config(folder, label, **source)
     options = args.teacher_server_kwargs or {}
     check_server_options(options)
-    try:
-        head = AutoConfig.from_pretrained(folder, **source).get_text_config(decoder=True).vocab_size
-        if head > len(tokenizer):
+    with suppress(Exception):  # a folder with only a tokenizer, or of a model that only the server knows
+        head = AutoConfig.from_pretrained(folder, **NO_CODE | source).get_text_config(decoder=True).vocab_size
+        if head > len(tokenizer):  # padded
             options = {"vocab_size": head, **options}
-    except (OSError, ValueError, KeyError, AttributeError):  # a folder with only a tokenizer
-        pass
     return ServedTeacher(url, tokenizer, top_k=args.teacher_top_k, generation_config=generation, **options)

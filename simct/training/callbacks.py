@@ -18,7 +18,7 @@ class AroundSteps(TrainerCallback):
         self.trainer.recorder.start_window(state.global_step)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.drop_skipped_gradients()
+        self.trainer.check_step()
         self._open.enter_context(self.trainer.phase("optimiser"))
 
     def on_optimizer_step(self, args, state, control, **kwargs):

@@ -9,7 +9,10 @@ from pathlib import Path
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from simct.data.records import rows
+from simct.console import error_line
+from simct.data.prompts import short
+from simct.data.records import COLUMNS, place_of, reference_answer
+from simct.data.sources import dataset_rows
 from simct.models.checks import context_length
 
 
@@ -65,12 +68,19 @@ def usable_records(name: str, dataset, student: nn.Module, render, scorers: dict
     if dataset is None or not hasattr(dataset, "__len__"):
         return dataset, 0
     good, first = [], None
-    for number, record in enumerate(rows(dataset)):
+    table = hasattr(dataset, "with_format")
+    columns = [column for column in COLUMNS if column in dataset.column_names] if table else None
+    found = dataset_rows(dataset, columns) if table else ((i, record, None) for i, record in enumerate(dataset))
+    for number, record, problem in found:
         try:
+            if problem is not None:
+                raise ValueError(problem)
             check_record(record, student, render, scorers, config)
             good.append(number)
         except ValueError as error:
-            first = first or f"{name}, record {number}: {error}"
+            place = place_of(dataset, number)
+            where = f"{name}, record {number}" if place is None else f"{place} ({name}, record {number})"
+            first = first or error_line(f"{where}: {error}")
             if config.on_bad_row == "fail":
                 raise ValueError(first) from error
     skipped = len(dataset) - len(good)
@@ -82,10 +92,28 @@ def usable_records(name: str, dataset, student: nn.Module, render, scorers: dict
     return dataset.select(good) if hasattr(dataset, "select") else [dataset[i] for i in good], skipped
 
 
+def usable_of_stream(
+    records: list[dict], student: nn.Module, render, scorers: dict, config
+) -> tuple[list[dict], list[str]]:
+    """As `usable_records`, of a batch of a streamed data set: those that can be used, and what is wrong with the others."""
+    good, problems = [], []
+    for record in records:
+        try:
+            check_record(record, student, render, scorers, config)
+            good.append(record)
+        except ValueError as error:
+            problems.append(error_line(f"train_dataset, streamed record {short(record)}: {error}"))
+            if config.on_bad_row == "fail":
+                raise ValueError(problems[-1]) from error
+    return good, problems
+
+
 def check_record(record: dict, student: nn.Module, render, scorers: dict, config) -> None:
-    """ValueError unless the record's prompt fits both models."""
+    """ValueError unless the record's prompt fits both models, and its off-policy answer, where it has one, is text."""
+    if isinstance(record, dict):
+        reference_answer(record)
     name = record.get("teacher") if isinstance(record, dict) else None
-    if name not in scorers:
+    if not isinstance(name, str) or name not in scorers:
         if len(scorers) > 1:
             raise ValueError(f"field 'teacher' is {name!r}: expected one of {', '.join(map(repr, scorers))}")
         name = next(iter(scorers))
@@ -105,9 +133,12 @@ def check_record(record: dict, student: nn.Module, render, scorers: dict, config
 def check_writable(folder: str) -> None:
     """ValueError unless files can be written into the folder, which is made if it is not there."""
     try:
+        folder.encode("utf-8")  # safetensors takes no other path
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x" * 4096)
+    except UnicodeEncodeError:
+        raise ValueError(f"output_dir is {folder!r}: expected a name in UTF-8") from None
     except OSError as error:
         raise ValueError(f"output_dir {folder!r} cannot be written: {error}") from None
 

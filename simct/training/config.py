@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
@@ -27,12 +27,29 @@ def one_of(name: str, value, choices) -> None:
 
 def from_json(name: str, value):
     """A mapping given as JSON on the command line; anything else as it is."""
-    if not isinstance(value, str) or not value.startswith("{"):
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError(f"a key is there twice among {', '.join(key for key, _ in pairs)}")
+        return found
+
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is {shown_text(value)!r}: expected a JSON object ({error})") from None
+        return json.loads(value, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is {shown_text(repr(value))}: expected a JSON object ({error})") from None
+
+
+def mapping(name: str, value, otherwise: str = ""):
+    """`from_json`, or None. ValueError for what is no mapping; `otherwise`: text is as good, and this says what it stands for."""
+    found = from_json(name, value)
+    if found is None or isinstance(found, dict) or otherwise and isinstance(found, str):
+        return found
+    raise ValueError(
+        f"{name} is {shown_text(repr(value))}: expected {otherwise}a mapping (on the command line, a JSON object)"
+    )
 
 
 @dataclass
@@ -99,7 +116,14 @@ class SimCTConfig(TrainingArguments):
     packing: str = option("auto", "Packed forward passes without padding: auto (where the model allows it), on, off.")
     offload_teacher: bool = option(False, "Keep the teacher in main memory except while it scores.")
     on_nonfinite: str = option(
-        "stop", "A loss that is no number: stop the run, or skip the step. Either is written down."
+        "stop",
+        "A loss or gradient that is no number, or a step without a unit to learn from: stop the run, or skip the step. Either is "
+        "written down.",
+    )
+    allow_changed_run: bool = option(
+        False,
+        "Resume though data, seed, batch size or num_generations are not the checkpoint's: a warning, not an error; rollouts "
+        "in use are drawn anew.",
     )
 
     # Objective
@@ -156,6 +180,9 @@ class SimCTConfig(TrainingArguments):
     teacher_model_init_kwargs: dict | str | None = option(
         None, "Keyword arguments of from_pretrained for the teacher, as JSON."
     )
+    allow_missing_weights: bool = option(
+        False, "Train though a model's files lack some of its weights, which are then random: a warning, not an error."
+    )
 
     def __post_init__(self) -> None:
         # What `evaluate` measures, and less of it is better; there is no evaluation loss.
@@ -163,17 +190,19 @@ class SimCTConfig(TrainingArguments):
             self.metric_for_best_model = "reverse_kl_per_byte"
         if (self.metric_for_best_model or "").endswith("reverse_kl_per_byte") and self.greater_is_better is None:
             self.greater_is_better = False
+        self._check_numbers()
         super().__post_init__()
         for name in (
-            "special_tokens",
             "model_init_kwargs",
             "teacher_model_init_kwargs",
             "chat_template_kwargs",
             "teacher_chat_template_kwargs",
-            "teacher_url",
             "teacher_server_kwargs",
+            "lr_scheduler_kwargs",
         ):
-            setattr(self, name, from_json(name, getattr(self, name)))
+            setattr(self, name, mapping(name, getattr(self, name)))
+        self.special_tokens = from_json("special_tokens", self.special_tokens)
+        self.teacher_url = mapping("teacher_url", self.teacher_url, "an address or ")
         self._read_secrets()
         if self.special_tokens != "auto" and not isinstance(self.special_tokens, dict):
             raise ValueError(
@@ -196,11 +225,16 @@ class SimCTConfig(TrainingArguments):
         for name in "num_generations", "num_iterations", "eval_num_generations":
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if isinstance(self.stop_strings, str):
+            raise ValueError(f"stop_strings is {self.stop_strings!r}: expected a list of texts")
         if self.inspect_samples < 0:
             raise ValueError(f"inspect_samples is {self.inspect_samples}: expected at least 0")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise ValueError(f"max_tokens_per_batch is {self.max_tokens_per_batch}: expected at least 1, or none")
-        if self.kv_cache_gb is not None and not self.kv_cache_gb > 0:
+        share = self.vllm_gpu_memory_utilization
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"vllm_gpu_memory_utilization is {share}: expected a number in (0, 1], or none")
+        if self.kv_cache_gb is not None and not 0 < self.kv_cache_gb < float("inf"):
             raise ValueError(f"kv_cache_gb is {self.kv_cache_gb}: expected a number above 0, or none")
         if not self.max_logprob_gap > 0:
             raise ValueError(f"max_logprob_gap is {self.max_logprob_gap}: expected a number above 0")
@@ -221,6 +255,8 @@ class SimCTConfig(TrainingArguments):
                 "units is 'merged' and candidates is 'disjoint': expected candidates='paper' with merged units"
             )
         self.sampling(end_ids=(0,), pad_id=0)  # checks its own settings
+        if not 0 <= self.eval_temperature < float("inf"):
+            raise ValueError(f"eval_temperature is {self.eval_temperature}: expected 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}: expected at least 1, or none")
         if self.teacher_top_k < 1:
@@ -230,13 +266,30 @@ class SimCTConfig(TrainingArguments):
                 "remove_unused_columns is True: expected False, the trainer renders the prompt columns itself"
             )
 
+    def _check_numbers(self) -> None:
+        """What the Trainer's own arguments would let through, into a run without a step or with weights that are no numbers."""
+        for name in (known.name for known in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, float) and value != value:
+                raise ValueError(f"{name} is {value}: expected a number")
+        for name in "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps":
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if not 0 <= float(self.learning_rate) < float("inf"):
+            raise ValueError(f"learning_rate is {self.learning_rate}: expected a number of at least 0")
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs < float("inf"):
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}: expected a number above 0, or max_steps")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: expected a number in [0, 2^32)")
+
     def _read_secrets(self) -> None:
         """Keys and addresses stripped and checked, and hidden from every message from here on."""
         hide_options(vars(self))
         self.hub_token = read_key("hub_token", self.hub_token)
-        for options in self.model_init_kwargs, self.teacher_model_init_kwargs:
-            if isinstance(options, dict) and isinstance(options.get("token"), str):
-                options["token"] = read_key("token", options["token"])
+        for name in "model_init_kwargs", "teacher_model_init_kwargs":
+            options = getattr(self, name) or {}
+            if isinstance(options.get("token"), str):
+                setattr(self, name, {**options, "token": read_key(f"token of {name}", options["token"])})
         if self.vllm_server_url:
             self.vllm_server_url = read_address("vllm_server_url", self.vllm_server_url)
         if isinstance(self.teacher_url, dict):

@@ -1,7 +1,9 @@
-"""What is written down when a step goes wrong: a loss that is no number, memory that runs out."""
+"""What is written down when a step goes wrong; memory that runs out."""
 
 import gc
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,22 +26,21 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def report_nonfinite(
-    folder: str | Path,
-    step: int,
-    process: int,
-    batch: MicroBatch,
-    pair: TokenizerPair,
-    unit_losses: Tensor,
-    loss: float,
-) -> Path:
-    """Writes `nonfinite-STEP-PROCESS.json` into the folder: each response with a unit whose loss is no finite number, its record,
-    and those units with their texts and losses. Returns the path.
+def report_batches(
+    path: Path, what: dict[str, Any], batches: Iterable[tuple[MicroBatch, TokenizerPair, Tensor | None]]
+) -> None:
+    """Writes `what` and the responses of micro-batches as JSON, each with its record.
 
-    If the units are all finite (the sum overflowed), every response is written.
+    Of a micro-batch that comes with its units' losses [G], only the responses with a loss that is no finite number, and those
+    units with their texts and losses. If they are all finite (the sum overflowed), or not given, every response.
     """
+    responses = [entry for batch, pair, losses in batches for entry in _responses(batch, pair, losses)]
+    write_json(path, {**what, "responses": responses})
+
+
+def _responses(batch: MicroBatch, pair: TokenizerPair, unit_losses: Tensor | None) -> list[dict[str, Any]]:
     units = batch.alignment
-    bad = ~torch.isfinite(unit_losses)
+    bad = torch.zeros(len(units.student_start), dtype=torch.bool) if unit_losses is None else ~unit_losses.isfinite()
     first_rows = torch.tensor([0, *map(len, batch.samples.student_responses)]).cumsum(0)
     owner = torch.searchsorted(first_rows, units.student_start, right=True) - 1
     named = sorted(set(owner[bad].tolist())) or range(len(batch.samples))
@@ -70,6 +71,4 @@ def report_nonfinite(
                 "units": listed,
             }
         )
-    path = Path(folder) / f"nonfinite-{step}-{process}.json"
-    write_json(path, {"step": step, "loss": str(loss), "responses": responses})
-    return path
+    return responses

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from simct.training.config import PREFIX_OBJECTIVES
@@ -317,7 +318,7 @@ def memory_table(memory: MemoryEstimate, available: int | None = None) -> Table:
         size = memory.phase(phase)
         over = available is not None and size > available * (1 - RESERVE)
         style = "bold red" if over else "bold" if phase == memory.peak_phase else ""
-        table.add_column(phase, justify="right", footer=f"[{style}]{_gb(size)}[/]" if style else _gb(size))
+        table.add_column(phase, justify="right", footer=Text(_gb(size), style=style))
     for part in [field.name for field in fields(memory) if field.name in PARTS]:
         size = getattr(memory, part)
         if size == 0:

@@ -1,7 +1,6 @@
 """What a run shows while it works: a progress bar, and a line of the metrics that matter at each log."""
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
@@ -57,9 +56,8 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar and logs and "loss" in logs:
             words = [f"{label} {logs[name]:{form}}" for name, label, form in SHOWN if name in logs]
-            self.console.print(
-                escape(f"step {state.global_step:>4}  " + "  ".join(words)), highlight=False, soft_wrap=True
-            )
+            line = f"step {state.global_step:>4}  " + "  ".join(words)
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.__exit__()

@@ -33,7 +33,8 @@ from simct.training.checkpoints import Checkpoints
 from simct.training.collector import Collector, Scorer, generator, numbered_seed
 from simct.training.config import SimCTConfig
 from simct.training.evaluation import Evaluation
-from simct.training.faults import is_out_of_memory, release_memory, report_nonfinite
+from simct.training.faults import is_out_of_memory, release_memory
+from simct.training.guards import Guards
 from simct.training.micro_batches import MicroBatch, empty, split
 from simct.training.objectives import supervised_units, unit_loss
 from simct.training.recorder import Recorder
@@ -42,7 +43,7 @@ from simct_kernels import LMHead, token_statistics
 from simct_kernels.backends import choose as choose_backend
 
 
-class SimCTTrainer(Checkpoints, Evaluation, Trainer):
+class SimCTTrainer(Guards, Checkpoints, Evaluation, Trainer):
     """Distils `teacher` into `model` on the student's own samples; the two may have different tokenizers.
 
     Args:
@@ -82,7 +83,7 @@ class SimCTTrainer(Checkpoints, Evaluation, Trainer):
 
         # Master weights in float32 unless the user says otherwise: at learning rates of 1e-6 bfloat16 weights would not move.
         options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
-        model = load_model(model, "student", **options)
+        model = load_model(model, "student", allow_missing_weights=args.allow_missing_weights, **options)
         processing_class = load_tokenizer(processing_class, model, "student", **options)
         check_vocabulary(model, processing_class, "student")
         teachers = load_teachers(teacher, teacher_processing_class, args, student=model)
@@ -122,11 +123,12 @@ class SimCTTrainer(Checkpoints, Evaluation, Trainer):
         self.collector = Collector(self.engine, processing_class, render, self.scorers, args, self.phase)
         self.student_prompt = render
         self._aligner = ThreadPoolExecutor(1, thread_name_prefix="simct-align")
-        # The batch of rollouts in use: its records, its inputs, and for how many steps it was used.
-        self._records, self._inputs, self._tokens, self._used = None, [], None, 0
-        self._responses: list[Response] = []
-        self._resumed = None  # responses that a checkpoint was in the middle of
-        self._skip_step, self._in_forward = False, False
+        # The batch of rollouts in use: its records, its inputs, for how many steps it was used, and over all processes its
+        # response tokens, units and responses.
+        self._records, self._inputs, self._used = None, [], 0
+        self._totals = torch.zeros(3, dtype=torch.int64)
+        self._drawn = Samples()
+        self._problem, self._grad_norm, self._in_forward = None, None, False
         self.evaluated: Samples | None = None  # this process's samples of the last evaluation, for callbacks
         self.add_callback(AroundSteps(self))
 
@@ -152,19 +154,38 @@ class SimCTTrainer(Checkpoints, Evaluation, Trainer):
     ) -> tuple[list[dict], Tensor | None]:
         """Responses to the next `num_batches` batches of prompts, scored by their teachers. Returns the micro-batches and, over all
         processes, the number of response tokens that normalises their loss."""
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed from its last checkpoint: the Trainer would make one more step
+            self.control.should_training_stop = True
+            return [], None
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
         if batches != self._records or self._used == self.args.num_iterations:
             self._roll_out(batches)
         self._used += 1
-        return list(self._inputs), self._tokens
+        return list(self._inputs), self._totals[0]
 
-    def _roll_out(self, batches: list[list[dict[str, Any]]]) -> None:
-        responses, used = self._resumed if self._resumed is not None else (None, 0)
-        self._resumed = None
+    def _usable_of_stream(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Its records that fit both models, the others counted and the first of them told."""
+        student = self.accelerator.unwrap_model(self.model)
+        good, problems = checks.usable_of_stream(batch, student, self.student_prompt, self.scorers, self.args)
+        before = self.skipped_records.get("train_dataset", 0)
+        for problem in problems[: max(0, 3 - before)]:
+            warnings.warn(f"{problem}; skipped", stacklevel=2)
+        if problems:
+            self.skipped_records["train_dataset"] = before + len(problems)
+        self.ratios.count("streamed records", len(batch))
+        self.ratios.add("skipped_records", len(problems), per="streamed records")
+        return good
+
+    def _roll_out(self, given: list[list[dict[str, Any]]]) -> None:
+        streamed = not hasattr(self.train_dataset, "__len__")
+        batches = [self._usable_of_stream(batch) for batch in given] if streamed else given
         times = self.args.num_generations
         records = [record for batch in batches for record in batch for _ in range(times)]
+        responses, used = self.resumed_responses(records)
         seed = numbered_seed(self.args.seed, self.state.global_step + 1 - used, self.args.process_index)
         if responses is None:
             self._update_engine()
@@ -172,7 +193,7 @@ class SimCTTrainer(Checkpoints, Evaluation, Trainer):
             samples = self.collector.collect(
                 records, self.sampling, seed, on_policy_fraction=self.args.on_policy_fraction, responses=responses
             )
-        self._responses = samples.responses
+        self._drawn = samples
         ends = itertools.accumulate(len(batch) * times for batch in batches)
         parts = [
             split(
@@ -188,14 +209,15 @@ class SimCTTrainer(Checkpoints, Evaluation, Trainer):
         self._score(every)
         for part in every:
             self.recorder.responses(part, self.scorers[part.teacher].pair)
-        tokens = torch.tensor(sum(map(len, samples.student_responses)), device=self.args.device)
-        self._tokens = self.accelerator.reduce(tokens, "sum")
+        units = sum(len(part.alignment.student_start) for part in every)
+        counts = [sum(map(len, samples.student_responses)), units, len(samples)]
+        self._totals = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), "sum")
         # `input_ids` by that name: the Trainer counts tokens and floating-point operations with it.
         self._inputs = [
             {"input_ids": torch.cat([part.packed.input_ids.flatten() for part in found])[None], "parts": found}
             for found in parts
         ]
-        self._records, self._used = batches, used
+        self._records, self._used = given, used
 
     def as_many_everywhere(self, batches: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
         """With several processes: each list filled up with empty micro-batches, so that every process goes through the model as
@@ -296,16 +318,17 @@ class SimCTTrainer(Checkpoints, Evaluation, Trainer):
     ):
         part: MicroBatch = inputs["part"]
         student = self.accelerator.unwrap_model(model)
+        in_step = num_items_in_batch is not None
         self._in_forward = True
-        loss = forward_through(model, student, lambda: self._student_loss(student, part))
+        loss = forward_through(model, student, lambda: self._student_loss(student, part, in_step))
         self._in_forward = False
-        if num_items_in_batch is None:  # called outside the training loop
+        if not in_step:  # called outside the training loop
             num_items_in_batch = torch.tensor(len(part.alignment.student_tokens))
         # Data parallelism averages gradients over the processes; the loss is a sum over the global batch divided by its tokens.
         loss = loss * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         return (loss, None) if return_outputs else loss
 
-    def _student_loss(self, student: nn.Module, part: MicroBatch) -> Tensor:
+    def _student_loss(self, student: nn.Module, part: MicroBatch, in_step: bool) -> Tensor:
         student_hidden, head = self.student_rows(student, part.packed)
         scorer, units = self.scorers[part.teacher], part.alignment.to(self.args.device)
         ours, theirs = (student_hidden, head), part.teacher_rows
@@ -313,7 +336,7 @@ class SimCTTrainer(Checkpoints, Evaluation, Trainer):
             loss, unit_losses = unit_loss(ours, theirs, units, part.samples.response_lengths, scorer, self.args)
         unit_losses = unit_losses.cpu()
         if not torch.isfinite(loss):
-            return self._nonfinite(loss, part, unit_losses)
+            return self._nonfinite(loss, part, unit_losses, in_step)
         self.recorder.units(part, part.alignment, unit_losses)
         if self.recorder.will_log(self.state) and part.samples:
             with self.phase("metrics"):
@@ -339,28 +362,6 @@ class SimCTTrainer(Checkpoints, Evaluation, Trainer):
             return token_statistics(*self.student_rows(student, part.packed), tokens).logprob
 
         return forward_through(self.model_wrapped, student, compute)
-
-    def _nonfinite(self, loss: Tensor, part: MicroBatch, unit_losses: Tensor) -> Tensor:
-        step = self.state.global_step + 1
-        pair, where = self.scorers[part.teacher].pair, (self.args.output_dir, step, self.args.process_index)
-        path = report_nonfinite(*where, part, pair, unit_losses, float(loss.detach()))
-        message = f"step {step}: the loss is {float(loss.detach())}; prompts, responses and units are in {path}"
-        if self.args.on_nonfinite == "stop":
-            raise FloatingPointError(f"{message} (on_nonfinite='skip' would leave the step out)")
-        warnings.warn(f"{message}; the step is left out", stacklevel=2)
-        self._skip_step = True
-        # The backward pass still runs (other processes wait for it); its gradients are dropped before the optimiser.
-        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
-
-    def drop_skipped_gradients(self) -> None:
-        """Before the optimiser: if a process met a loss that is no number, no process makes this step."""
-        skip = torch.tensor(float(self._skip_step), device=self.args.device)
-        self._skip_step = False
-        self.recorder.ratios.count("optimiser steps", 1)
-        if self.accelerator.reduce(skip, "sum") > 0:
-            self.recorder.ratios.add("skipped_steps", 1, per="optimiser steps")
-            for parameter in self.model.parameters():
-                parameter.grad = None
 
     # ---- Metrics ----
 

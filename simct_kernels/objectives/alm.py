@@ -12,10 +12,9 @@ from torch import Tensor
 from simct_kernels.checks import check_tokens, check_unit_loss
 from simct_kernels.inputs import AlignedUnits, LMHead
 from simct_kernels.objectives.row_function import over_rows
-from simct_kernels.objectives.uld import reduce_units
+from simct_kernels.objectives.segments import SumByUnit, expand, reduce_units
 from simct_kernels.torch_backend.job import compute_dtype
 from simct_kernels.torch_backend.plan import auto_rows
-from simct_kernels.torch_backend.rows import add_repeated
 from simct_kernels.values import check_choice
 
 DIVERGENCES = ("kl", "reverse_kl")
@@ -77,25 +76,10 @@ def _unit_logprobs(
 ) -> Tensor:
     """[G]: the log-probability of each unit's text under its side's tokens."""
     start, length, tokens = (getattr(units, f"{side}_{part}") for part in ("start", "length", "tokens"))
-    unit = torch.repeat_interleave(length)  # [R]
-    before = length.cumsum(0) - length
-    rows = torch.arange(len(unit), device=unit.device) - before[unit] + start[unit]
+    unit, rows = expand(start, start + length)
     step = chunk_rows if isinstance(chunk_rows, int) else auto_rows(2 * head.weight.shape[0], hidden.device)
     logprobs = over_rows(_TokenLogprob(tokens[rows]), hidden, head, rows, step=step, dtype=dtype)
     return SumByUnit.apply(logprobs, unit, len(units))
-
-
-class SumByUnit(torch.autograd.Function):
-    """The sum of each unit's values, always added in the same order."""
-
-    @staticmethod
-    def forward(ctx, values, unit, count):
-        ctx.save_for_backward(unit)
-        return add_repeated(values.new_zeros(count), unit, values)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return upstream[ctx.saved_tensors[0]], None, None
 
 
 class _TokenLogprob:

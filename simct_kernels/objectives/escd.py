@@ -11,13 +11,11 @@ from torch import Tensor
 
 from simct_kernels.checks import check_tables, check_tokens, check_unit_loss
 from simct_kernels.inputs import AlignedUnits, LMHead
-from simct_kernels.objectives.alm import SumByUnit
 from simct_kernels.objectives.bpm import auto_prefix_rows
 from simct_kernels.objectives.prefix_rows import ProjectedTeacher
 from simct_kernels.objectives.prefix_tables import PrefixTables
 from simct_kernels.objectives.row_function import over_rows
-from simct_kernels.objectives.segments import expand, segment_logsumexp, segment_sum
-from simct_kernels.objectives.uld import reduce_units
+from simct_kernels.objectives.segments import SumByUnit, expand, reduce_units, segment_logsumexp, segment_sum
 from simct_kernels.torch_backend.job import compute_dtype
 from simct_kernels.torch_backend.rows import LinearRows
 from simct_kernels.values import describe, is_dense

@@ -1,4 +1,4 @@
-"""Ragged rows: stretches of different lengths laid out one after the other, and their log-sum-exps."""
+"""Ragged rows, units among them: stretches of different lengths laid out one after the other, their sums and log-sum-exps."""
 
 from __future__ import annotations
 
@@ -39,3 +39,24 @@ def segment_logsumexp(
     peak = values.new_full((count,), -torch.inf).scatter_reduce_(0, owner, values, "amax")
     peak = peak.masked_fill_(peak == -torch.inf, 0)
     return segment_sum((values - peak[owner]).exp_(), owner, count).log_().add_(peak)
+
+
+class SumByUnit(torch.autograd.Function):
+    """The sum of each unit's values, always added in the same order."""
+
+    @staticmethod
+    def forward(ctx, values, unit, count):
+        ctx.save_for_backward(unit)
+        return segment_sum(values, unit, count)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream[ctx.saved_tensors[0]], None, None
+
+
+def reduce_units(losses: Tensor, reduction: str, return_unit_losses: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """[G] losses as `reduction` says, with the losses themselves, detached, if they are asked for."""
+    loss = losses if reduction == "none" else losses.sum()
+    if reduction == "mean":
+        loss = loss / max(1, len(losses))
+    return (loss, losses.detach()) if return_unit_losses else loss

@@ -12,6 +12,7 @@ from torch import Tensor
 from simct_kernels.checks import check_unit_loss
 from simct_kernels.inputs import AlignedUnits, LMHead
 from simct_kernels.objectives.row_function import over_rows
+from simct_kernels.objectives.segments import reduce_units
 from simct_kernels.torch_backend.job import compute_dtype
 from simct_kernels.torch_backend.plan import auto_rows
 from simct_kernels.torch_backend.rows import LinearRows
@@ -94,11 +95,3 @@ class _SortedDistance:
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         return logits.div_(self.temperature).softmax(dim=1)
-
-
-def reduce_units(losses: Tensor, reduction: str, return_unit_losses: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """[G] losses as `reduction` says, with the losses themselves, detached, if they are asked for."""
-    loss = losses if reduction == "none" else losses.sum()
-    if reduction == "mean":
-        loss = loss / max(1, len(losses))
-    return (loss, losses.detach()) if return_unit_losses else loss

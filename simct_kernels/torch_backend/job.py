@@ -16,6 +16,7 @@ from torch import Tensor
 
 from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
 from simct_kernels.options import LossOptions
+from simct_kernels.torch_backend.autograd import apply_job
 from simct_kernels.torch_backend.blocks import BlockedRows
 from simct_kernels.torch_backend.divergence import divergence
 from simct_kernels.torch_backend.plan import Chunk, Part, plan_chunks, row_blocks, unit_blocks, without_dropped
@@ -292,8 +293,8 @@ def _leave_out(shared: Tensor, chunk: Chunk, columns: Tensor | None = None) -> T
         if columns is None:
             shared[unit, index] = -math.inf
         else:
-            listed = (columns[unit] == index[:, None]).nonzero()  # a column of `listed` rows: (row of left_out, place)
-            shared[unit[listed[:, 0]], listed[:, 1]] = -math.inf
+            found = (columns[unit] == index[:, None]).int()  # [e, k]
+            shared.masked_fill_(torch.zeros_like(columns, dtype=torch.int32).index_add_(0, unit, found) > 0, -math.inf)
     return shared
 
 
@@ -324,7 +325,9 @@ def add_gradient(
         by_target = by_terms(by_continuation, part, options)
     if scores.logits is None:
         for rows in row_blocks(*s.shape, s.device):
-            by_shared[rows] *= student.slope(s[rows])
+            slope = student.slope(s[rows])
+            if isinstance(slope, Tensor) or slope != 1:
+                by_shared[rows].mul_(slope)
         if chosen is None:
             student.add_shared(part.first_rows, by_shared)
         elif picks:
@@ -355,56 +358,6 @@ def add_gradient(
         block[torch.arange(len(block), device=block.device), part.tokens[rows]] += by_target[rows]
         block.mul_(slope)
     student.add_whole(part.rows, gradient)
-
-
-def apply_job(
-    job: LossJob, summed: bool, student_input: Tensor, weight: Tensor | None, bias: Tensor | None, teacher_input: Tensor
-) -> tuple[Tensor, Tensor]:
-    make_gradients = summed and torch.is_grad_enabled()
-    result = _SimCT.apply(job, summed, make_gradients, student_input, weight, bias, teacher_input)
-    return result if summed else (result, result.detach())
-
-
-class _SimCT(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, job, summed, make_gradients, student_input, weight, bias, teacher_input):
-        needs_grad = tuple(ctx.needs_input_grad[3:6]) if make_gradients else (False, False, False)
-        losses, gradients = job.run(student_input, teacher_input, needs_grad)
-        ctx.job, ctx.summed = job, summed
-        ctx.gradients = gradients if make_gradients else None
-        ctx.save_for_backward(student_input, weight, bias, teacher_input)
-        if not summed:
-            return losses
-        ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
-
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        if torch.is_grad_enabled():
-            raise RuntimeError("a SimCT loss cannot be differentiated twice: backward without create_graph=True")
-        inputs = ctx.saved_tensors[:3]
-        gradients, ctx.gradients = ctx.gradients, None  # given away: a second backward makes them again
-        scale = None
-        if gradients is None:
-            count = len(ctx.job.units)
-            unit_weights = grad_loss.expand(count) if ctx.summed else grad_loss
-            student_input, _, _, teacher_input = ctx.saved_tensors
-            _, gradients = ctx.job.run(student_input, teacher_input, tuple(ctx.needs_input_grad[3:6]), unit_weights)
-        elif grad_loss.device.type != "cpu" or grad_loss != 1:  # elsewhere looking would wait
-            scale = grad_loss
-        # float32 until here: the one rounding to the inputs' dtype comes last.
-        gradients = [
-            None if gradient is None else scaled(gradient, scale, tensor.dtype)
-            for gradient, tensor in zip(gradients, inputs, strict=True)
-        ]
-        return None, None, None, *gradients, None
-
-
-def scaled(gradient: Tensor | Pending, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """scale times a gradient, which may be written over, in `dtype`."""
-    if not isinstance(gradient, Tensor):
-        return gradient.make(scale, dtype)
-    return (gradient if scale is None else gradient.mul_(scale)).to(dtype)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -35,7 +35,7 @@ MERGE_ROWS = {"cpu": (64, 64)}
 MERGE_ROWS_ELSEWHERE = (256, 1024)
 
 # Elements of a chunk that one pass after the other goes over: on the CPU, as many as stay in its cache.
-_BLOCK_ELEMENTS = {"cpu": 1 << 20}
+_BLOCK_ELEMENTS = {"cpu": 1 << 17}
 
 
 @dataclass(frozen=True)

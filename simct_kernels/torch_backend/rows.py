@@ -10,11 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from simct_kernels.host import on_host, to_device
 from simct_kernels.inputs import LMHead
 from simct_kernels.torch_backend.plan import Part
+
+# Products have rows of a multiple of this many elements (128 bytes at 16 bits): an odd K makes them seven times as slow on an
+# H100, and denies the kernels their 16-byte accesses.
+PAD = 64
+_PADDED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class Pending(Protocol):
@@ -103,6 +112,7 @@ class LinearRows:
         self.hidden, self.head, self.shared_ids, self.dtype = hidden.detach(), head, shared_ids, dtype
         self.columns, self.width = head.weight.shape
         self.pick_width = self.width
+        self._needs_weight = needs_grad[1]
         native = sums_in_float32(hidden.device) and hidden.dtype == head.weight.dtype
         self.operand_dtype = hidden.dtype if native and dtype == torch.float32 else dtype
         self._shared_weight: Tensor | None = None
@@ -118,7 +128,8 @@ class LinearRows:
         self._shared_weight_gradient: Tensor | None = None
 
     def shared(self, rows: Tensor) -> Tensor:
-        return self._logits(rows, self._shared_head(), None if self._bias is None else self._bias[self.shared_ids])
+        bias = None if self._bias is None else self._bias[padded_ids(self.shared_ids)]
+        return self._logits(rows, self._shared_head(), bias)[:, : len(self.shared_ids)]
 
     def whole(self, rows: Tensor) -> Tensor:
         return self._logits(rows, self._whole_head(), self._bias)
@@ -136,10 +147,11 @@ class LinearRows:
         return (logits.clamp(min=-cap) / cap).square_().neg_().add_(1).mul_(scale)
 
     def add_shared(self, rows: Tensor, gradient: Tensor) -> None:
-        if self.weight_gradient is not None and self._shared_weight_gradient is None:
-            shape = (len(self.shared_ids), self.width)
+        extra = -len(self.shared_ids) % PAD
+        if self._needs_weight and self._shared_weight_gradient is None:
+            shape = (len(self.shared_ids) + extra, self.width)
             self._shared_weight_gradient = torch.zeros(shape, dtype=self.dtype, device=gradient.device)
-        self._add_products(rows, gradient, self._shared_head, self._shared_weight_gradient)
+        self._add_products(rows, gradient, self._shared_head, self._shared_weight_gradient, extra)
         if self.bias_gradient is not None:
             self.bias_gradient[self.shared_ids] += gradient.sum(0)
 
@@ -165,13 +177,13 @@ class LinearRows:
     def gradients(self) -> tuple[Tensor | None, Tensor | Pending | None, Tensor | None]:
         """Of hidden [N, H], weight [V, H] and bias [V]: None where not asked for."""
         if self._shared_weight_gradient is not None:
-            self.weight_gradient[self.shared_ids] += self._shared_weight_gradient
+            self.weight_gradient[self.shared_ids] += self._shared_weight_gradient[: len(self.shared_ids)]
             self._shared_weight_gradient = None
         return self.hidden_gradient, self.weight_gradient, self.bias_gradient
 
-    def _shared_head(self) -> Tensor:  # [K, H]
+    def _shared_head(self) -> Tensor:  # [K', H]
         if self._shared_weight is None:
-            self._shared_weight = self.head.rows(self.shared_ids, self.operand_dtype)
+            self._shared_weight = self.head.rows(padded_ids(self.shared_ids), self.operand_dtype)
         return self._shared_weight
 
     def _whole_head(self) -> Tensor:  # [V, H]
@@ -192,9 +204,15 @@ class LinearRows:
         return raw
 
     def _add_products(
-        self, rows: Tensor, gradient: Tensor, weight: Callable[[], Tensor], weight_gradient: Tensor | None
+        self,
+        rows: Tensor,
+        gradient: Tensor,
+        weight: Callable[[], Tensor],
+        weight_gradient: Tensor | None,
+        extra: int = 0,  # columns that the gradient is to be padded by
     ) -> None:
         gradient, unit = as_operand(gradient, self.operand_dtype)
+        gradient = F.pad(gradient, (0, extra)) if extra else gradient
         if self.hidden_gradient is not None:
             made = product(gradient, weight())
             self.hidden_gradient[rows] += made if unit is None else made * unit
@@ -217,6 +235,25 @@ def as_operand(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | N
         return gradient.to(dtype), None
     exponent = torch.frexp(gradient.abs().amax()).exponent - 14
     return torch.ldexp(gradient, -exponent).to(dtype), torch.ldexp(gradient.new_ones(()), exponent)
+
+
+def padded_ids(ids: Tensor) -> Tensor:
+    """int64 [K'], the ids [K], the last one repeated to a multiple of PAD. The same tensor as long as the ids live."""
+    if len(ids) % PAD == 0:
+        return ids
+    if ids not in _PADDED:
+        padded = np.pad(on_host(ids), (0, -len(ids) % PAD), mode="edge")
+        _PADDED[ids] = to_device(torch.from_numpy(padded), ids.device)
+    return _PADDED[ids]
+
+
+def padded(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Empty [rows, columns], whose rows begin at multiples of PAD elements."""
+    return torch.empty(rows, row_size(columns), dtype=dtype, device=device)[:, :columns]
+
+
+def row_size(columns: int) -> int:
+    return -(-columns // PAD) * PAD
 
 
 def sums_in_float32(device: torch.device) -> bool:

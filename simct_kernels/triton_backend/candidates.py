@@ -152,7 +152,7 @@ def divergence(candidates: Candidates, options: LossOptions) -> Units:
         SUM=options.score == "sum_logprob",
         UNITS=tiles.UNITS,
         SPLITS=tiles.SPLITS,
-        num_warps=2,
+        num_warps=1,  # with two, ptxas spills
     )
     if mode == MIXED:
         read(second=True)

@@ -13,17 +13,15 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from simct_kernels.host import on_host, to_device
+from simct_kernels.torch_backend.rows import PAD, padded_ids
 
-# A product of rows and shared columns has rows of a multiple of this many elements (128 bytes at 16 bits), and so have the
-# tables of columns: an odd K would deny the products and the kernels their 16-byte accesses.
-PAD = 64
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Columns:
     ids: Tensor | None  # int32 [K'], as `padded`; None where shared token k is column k
-    padded: Tensor  # int64 [K'], the ids, the last one repeated to a multiple of PAD
+    padded: Tensor  # int64 [K'], the ids, the last one repeated: see padded_ids
     first: int | None  # the first of ids that are consecutive
     host_ids: np.ndarray  # int64 [K], on the CPU
     _index: dict[int, Tensor] = field(default_factory=dict)
@@ -61,10 +59,8 @@ def columns_of(
     if ids not in _kept:
         host = on_host(ids)
         first = int(host[0]) if (np.diff(host) == 1).all() else None
-        columns, padded = (
-            to_device(torch.from_numpy(_padded(made)), ids.device) for made in (host.astype(np.int32), host)
-        )
-        _kept[ids] = Columns(None if first == 0 else columns, padded, first, host)
+        columns = to_device(torch.from_numpy(_padded(host.astype(np.int32))), ids.device)
+        _kept[ids] = Columns(None if first == 0 else columns, padded_ids(ids), first, host)
     return _kept[ids]
 
 

@@ -79,7 +79,7 @@ def finish_kernel(
     student_top, student_sum, teacher_top, teacher_sum, kept_sum = low, zero, low, zero, zero
     field = splits * count
     for start in range(0, splits, SPLITS):
-        split = start + tl.arange(0, SPLITS)[None, :]
+        split = start + tl.arange(0, SPLITS)[None, :].to(tl.int64)
         mask = inside[:, None] & (split < splits)
         place = partial + split * count + unit[:, None]
         m2 = tl.load(place, mask=mask, other=-float("inf"))
@@ -235,11 +235,11 @@ def mixture_kernel(
         log_m = log_mixture(log_q, log_p, beta)
         kl, other_kl = kl_terms(log_q, log_m), kl_terms(log_p, log_m)
     for start in range(0, splits, SPLITS):
-        split = start + tl.arange(0, SPLITS)[None, :]
-        mask = inside[:, None] & (split < splits)
-        place = partial + split * count + unit[:, None]
-        kl += tl.sum(tl.load(place, mask=mask, other=0.0), 1)
-        other_kl += tl.sum(tl.load(place + splits * count, mask=mask, other=0.0), 1)
+        split = start + tl.arange(0, SPLITS)[:, None].to(tl.int64)
+        mask = inside[None, :] & (split < splits)
+        place = partial + split * count + unit[None, :]
+        kl += tl.sum(tl.load(place, mask=mask, other=0.0), 0)
+        other_kl += tl.sum(tl.load(place + splits * count, mask=mask, other=0.0), 0)
     kept = tl.load(state + 7 * count + unit, mask=inside, other=0.0)
     loss = (1 - beta) * kl + beta * other_kl
     _store(state, unit, inside, count, loss, kl, kept, log_q, log_p, inverse_temperature, beta, MODE, CONTINUES)

@@ -6,6 +6,9 @@ tensor is made. Entries whose gradient is 0 (padding, say) read nothing, so that
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +16,9 @@ from torch import Tensor
 
 from simct_kernels.torch_backend.rows import LinearRows, add_repeated
 from simct_kernels.triton_backend import tiles
+
+if TYPE_CHECKING:
+    from simct_kernels.triton_backend.kept import KeptTiles
 
 
 @triton.jit
@@ -266,17 +272,31 @@ class IndexedRows(LinearRows):
     def __init__(self, hidden, head, shared_ids, dtype, **needs) -> None:
         super().__init__(hidden, head, shared_ids, dtype, **needs)
         self.pick_width = 1
-        self._needs_weight = self.weight_gradient is not None
         self._entries: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, ids and gradient, flat
 
-    def gradient_like(self, values: Tensor) -> Tensor:
-        """Where to write the gradient by `values`: over them, unless the products would copy it in bfloat16 at once.
-
-        A bias's gradient is a sum that 16-bit terms would spoil, and float16 needs the gradient's range first.
-        """
-        if self.operand_dtype != torch.bfloat16 or self.bias_gradient is not None:
-            return values
-        return torch.empty_like(values, dtype=self.operand_dtype)
+    def write_kept(
+        self,
+        kept: KeptTiles | None,  # None: neither hidden nor weight needs a gradient
+        head: Callable[[], Tensor],  # the [W, H] weight of these columns
+        places: slice | Tensor,  # where the first of them stand in the bias
+        values: Tensor,  # float32 [R, W], which may be written over
+        write: Callable[[Tensor], None],  # writes the gradient by the values into what it is given
+    ) -> bool:
+        """Puts a chunk's gradient to the tiles of its kind; whether they are complete."""
+        # A bias's gradient is a sum that 16-bit terms would spoil, and float16 needs the gradient's range first.
+        direct = kept is not None and self.bias_gradient is None and self.operand_dtype != torch.float16
+        out = kept.next(len(values), head) if direct else values
+        write(out)
+        if self.bias_gradient is not None:
+            by_column = out.sum(0)
+            self.bias_gradient[places] += by_column if isinstance(places, slice) else by_column[: len(places)]
+        if kept is None:
+            return False
+        if self.operand_dtype == torch.float16:
+            kept.add_scaled(out, head)
+        elif not direct:
+            kept.next(len(out), head).copy_(out)
+        return kept.written(head)
 
     def pick(self, rows: Tensor, ids: Tensor) -> Tensor:
         raw = pick(self.hidden, rows, self.head.weight.detach(), ids)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simct_kernels.torch_backend.rows import as_operand, product
-from simct_kernels.triton_backend.columns import PAD, Columns
+from simct_kernels.torch_backend.rows import PAD, as_operand, padded, product
+from simct_kernels.triton_backend.columns import Columns
+from simct_kernels.triton_backend.combine import combine
 from simct_kernels.triton_backend.indexed import add_weight_gradient
 
 # The tiles of one kind are kept whole up to this many bytes, or as many as the float32 sum of products would take, whichever is
@@ -56,9 +57,7 @@ class KeptTiles:
     def next(self, height: int, head: Callable[[], Tensor]) -> Tensor:
         """Where a chunk's gradient goes, [height, W], in the operands' dtype; `head` gives the [W, H] weight."""
         if self._tiles is None:
-            self._tiles = padded(
-                torch.empty, self._capacity, self.width, dtype=self.hidden.dtype, device=self.hidden.device
-            )
+            self._tiles = padded(self._capacity, self.width, self.hidden.dtype, self.hidden.device)
         if self._end - self._begin + height > self._capacity:
             self._multiply(head)
         place = self._end - self._begin
@@ -137,53 +136,38 @@ class HeadGradient:
 
     def _make(self, scale: Tensor | None, out: Tensor) -> Tensor:
         options = {"dtype": torch.float32, "device": out.device}
-        parts = ranges(*self.shape)
+        parts, width = ranges(*self.shape), self.shape[1]
+        alone = scale is None and out.dtype == torch.float32 and self.shared is None and self.entries is None
         height = max(end - begin for begin, end in parts)
-        total = torch.empty(height, self.shape[1], **options)
+        sums = None
+        if not alone and (self.whole is not None or self.entries is not None):
+            sums = torch.empty(height, width, **options)
         bounds = np.searchsorted(self.placed.host_ids, [begin for begin, _ in parts] + [self.shape[0]])
-        spare = None
-        if self.shared is not None and (self.whole is not None or self.placed.first is None):
-            spare = torch.empty(int(np.diff(bounds).max()) + 2 * PAD, self.shape[1], **options)
-        for (begin, end), low, high in zip(parts, bounds, bounds[1:], strict=False):
-            sums = self._sums(begin, end, int(low), int(high), total[: end - begin], spare)
-            if scale is None:
-                out[begin:end].copy_(sums)
-            else:
-                torch.mul(sums, scale, out=out[begin:end])
+        made = None if self.shared is None else torch.empty(int(np.diff(bounds).max()) + 2 * PAD, width, **options)
+        index = None if self.shared is None else self.placed.index(self.shape[0])
+        for (begin, end), low, high in zip(parts, map(int, bounds), map(int, bounds[1:]), strict=False):
+            whole = out[begin:end] if alone else None if sums is None else sums[: end - begin]
+            if self.whole is not None:
+                self.whole.weight(begin, end, whole)
+            elif whole is not None:
+                whole.zero_()
+            if alone:
+                continue
+            if self.entries is not None:
+                self._add_entries(begin, end, whole)
+            # A product whose operand begins at an odd element would be read element by element: a few more are made.
+            shared = None
+            if self.shared is not None and high > low:
+                low, high = low // PAD * PAD, min(self.shared.width, -(-high // PAD) * PAD)
+                shared = self.shared.weight(low, high, made[: high - low])
+            combine(out[begin:end], whole, shared, index, scale, begin, low, len(self.shared_ids))
         return out
 
-    def _sums(self, begin: int, end: int, low: int, high: int, total: Tensor, spare: Tensor | None) -> Tensor:
-        """Of a range of the head's rows, to which the shared tokens `low` to `high` belong."""
-        first, shared = self.placed.first, self.shared if high > low else None
-        if self.whole is not None:
-            self.whole.weight(begin, end, total)
-        if shared is not None:
-            # A product whose operand begins at an odd element would be read element by element: a few more are made.
-            a, b = low // PAD * PAD, min(shared.width, -(-high // PAD) * PAD)
-            if self.whole is None and first is not None and (a, b) == (low, high) and high - low == end - begin:
-                shared.weight(low, high, total)
-            else:
-                made = total.new_empty(b - a, total.shape[1]) if spare is None else spare[: b - a]
-                made = shared.weight(a, b, made)[low - a : high - a]
-                if self.whole is None:
-                    total.zero_()
-                if first is not None:
-                    total[first + low - begin : first + high - begin] += made
-                else:
-                    total.index_add_(0, self.shared_ids[low:high] - begin, made)
-        elif self.whole is None:
-            total.zero_()
-        if self.entries is not None:
-            gradient, ids, rows = self.entries
-            inside = (ids >= begin) & (ids < end)
-            ids = (ids - begin).clamp_(0, end - begin - 1)
-            add_weight_gradient(total, gradient.masked_fill(~inside, 0), self.hidden, rows, ids)
-        return total
-
-
-def padded(make: Callable[..., Tensor], rows: int, columns: int, **options) -> Tensor:
-    """[rows, columns], whose rows begin at multiples of PAD elements: products with odd rows would be slow."""
-    return make(rows, -(-columns // PAD) * PAD, **options)[:, :columns]
+    def _add_entries(self, begin: int, end: int, sums: Tensor) -> None:
+        gradient, ids, rows = self.entries
+        inside = (ids >= begin) & (ids < end)
+        ids = (ids - begin).clamp_(0, end - begin - 1)
+        add_weight_gradient(sums, gradient.masked_fill(~inside, 0), self.hidden, rows, ids)
 
 
 def ranges(rows: int, width: int) -> list[tuple[int, int]]:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from simct_kernels import torch_backend
 from simct_kernels.torch_backend.plan import Chunk, Part
-from simct_kernels.torch_backend.rows import Pending, product
+from simct_kernels.torch_backend.rows import Pending, product, row_size
 from simct_kernels.triton_backend.candidates import Candidates, UnitRows, Units, divergence
-from simct_kernels.triton_backend.columns import PAD, columns_of
+from simct_kernels.triton_backend.columns import columns_of
 from simct_kernels.triton_backend.gradient import write_gradient
 from simct_kernels.triton_backend.indexed import IndexedRows
 from simct_kernels.triton_backend.kept import HeadGradient, KeptTiles
@@ -47,9 +47,9 @@ class _RawRows(IndexedRows):
     def expect(self, parts: list[Part]) -> None:
         """Makes room for the largest chunk and, where a gradient is needed, for all gradient tiles."""
         sizes = [
-            len(part.rows) * _row_size(self.columns)
+            len(part.rows) * row_size(self.columns)
             if part.whole
-            else len(part.first_rows) * _row_size(self.shared_width)
+            else len(part.first_rows) * row_size(self.shared_width)
             for part in parts
         ]
         self._values = torch.empty(max(sizes), dtype=torch.float32, device=self.hidden.device)
@@ -62,6 +62,9 @@ class _RawRows(IndexedRows):
             self._shared_kept = KeptTiles(torch.cat(shared), list(map(len, shared)), self.shared_width, *common)
         if whole:
             self._whole_kept = KeptTiles(torch.cat(whole), list(map(len, whole)), self.columns, *common)
+
+    def shared(self, rows: Tensor) -> Tensor:
+        return self._logits(rows, self._shared_head(), None)
 
     def unit_rows(self, chunk: Chunk, part: Part) -> UnitRows:
         """The logits of this side that a chunk's units need, and where each unit's are."""
@@ -90,22 +93,13 @@ class _RawRows(IndexedRows):
         kept, head = self._whole_kept, self._whole_head
         if not part.whole:
             kept, head = self._shared_kept, self._shared_head
-        # A bias's gradient is a sum that 16-bit terms would spoil, and float16 needs the gradient's range first.
-        direct = kept is not None and self.bias_gradient is None and self.operand_dtype != torch.float16
-        out = kept.next(len(values), head) if direct else values
-        write_gradient(out, index, candidates, units, weights, options)
-        if self.bias_gradient is not None:
-            if part.whole:
-                self.bias_gradient += out.sum(0)
-            else:
-                self.bias_gradient[self.shared_ids] += out.sum(0)[: len(self.shared_ids)]
-        if kept is None:
-            return
-        if self.operand_dtype == torch.float16:
-            kept.add_scaled(out, head)
-        elif not direct:
-            kept.next(len(out), head).copy_(out)
-        if kept.written(head) and not part.whole:
+        places = slice(None) if part.whole else self.shared_ids
+
+        def write(out: Tensor) -> None:
+            write_gradient(out, index, candidates, units, weights, options)
+
+        complete = self.write_kept(kept, head, places, values, write)
+        if complete and not part.whole:
             self._shared_weight = None  # no chunk reads it any more: those of whole rows come last
 
     def gradients(self) -> tuple[Tensor | None, Pending | None, Tensor | None]:
@@ -128,13 +122,8 @@ class _RawRows(IndexedRows):
 
     def _logits(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         height, width = len(rows), len(weight)
-        values = self._values[: height * _row_size(width)].view(height, -1)[:, :width]
+        values = self._values[: height * row_size(width)].view(height, -1)[:, :width]
         return product(self.hidden[rows].to(self.operand_dtype), weight.T, values)
-
-
-def _row_size(width: int) -> int:
-    """Elements of a row of `width` columns whose rows begin at multiples of PAD: products with odd rows would be slow."""
-    return -(-width // PAD) * PAD
 
 
 @dataclass(frozen=True)

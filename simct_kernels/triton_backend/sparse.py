@@ -15,19 +15,33 @@ from simct_kernels import torch_backend
 from simct_kernels.options import LossOptions
 from simct_kernels.torch_backend.job import Scores, Steps, by_terms, continuation_scores
 from simct_kernels.torch_backend.plan import Chunk, Part
-from simct_kernels.torch_backend.rows import LogitRows, product
+from simct_kernels.torch_backend.rows import LogitRows, padded, product
 from simct_kernels.triton_backend import small
+from simct_kernels.triton_backend.columns import columns_of
 from simct_kernels.triton_backend.indexed import IndexedRows
+from simct_kernels.triton_backend.kept import HeadGradient, KeptTiles
 from simct_kernels.triton_backend.rows import row_logsumexp
 from simct_kernels.triton_backend.scores import Side
 from simct_kernels.triton_backend.softmax import write_softmax
 
 
 class _LinearRows(IndexedRows):
-    """As its base, where `whole` gives raw products [R, V]."""
+    """As its base, where `whole` gives raw products [R, V], whose gradient tiles are kept (see kept.py)."""
+
+    def __init__(self, hidden, head, shared_ids, dtype, *, needs_grad=(False, False, False)) -> None:
+        super().__init__(hidden, head, shared_ids, dtype, needs_grad=(needs_grad[0], False, needs_grad[2]))
+        self._needs_weight = needs_grad[1]
+        self._kept: KeptTiles | None = None
+
+    def expect(self, parts: list[Part]) -> None:
+        whole = [part.rows for part in parts if part.whole]
+        if whole and (self._needs_weight or self.hidden_gradient is not None):
+            needs = self.hidden, self.operand_dtype, self.hidden_gradient, self._needs_weight, False
+            self._kept = KeptTiles(torch.cat(whole), list(map(len, whole)), self.columns, *needs)
 
     def whole(self, rows: Tensor) -> Tensor:
-        return product(self.hidden[rows].to(self.operand_dtype), self._whole_head().T)
+        values = padded(len(rows), self.columns, self.dtype, rows.device)
+        return product(self.hidden[rows].to(self.operand_dtype), self._whole_head().T, values)
 
     def places(self, rows: Tensor) -> Tensor:  # int64 [R], where `whole` has these rows
         return torch.arange(len(rows), device=rows.device)
@@ -40,9 +54,19 @@ class _LinearRows(IndexedRows):
 
     def add_softmax(self, rows: Tensor, values: Tensor, logsumexp: Tensor, by_logsumexp: Tensor) -> None:
         """Adds by_logsumexp [R] times the softmax of the rows, which it may write over `values`."""
-        out = self.gradient_like(values)
-        write_softmax(out, self._side(values), None, logsumexp, by_logsumexp)
-        self.add_whole(rows, out)
+
+        def write(out: Tensor) -> None:
+            write_softmax(out, self._side(values), None, logsumexp, by_logsumexp)
+
+        self.write_kept(self._kept, self._whole_head, slice(None), values, write)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self._needs_weight:
+            # In float32: the picked columns are added to it.
+            shape, placed = self.head.weight.shape, columns_of(self.shared_ids)
+            head = HeadGradient(shape, self.shared_ids, placed, None, self._kept, None, self.hidden)
+            self.weight_gradient = head.make(None, self.dtype)
+        return super().gradients()
 
     def _side(self, values: Tensor) -> Side:
         scale = None if self.head.scale == 1 else float(self.head.scale)

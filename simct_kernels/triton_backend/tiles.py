@@ -1,12 +1,9 @@
 """The tile configurations: one table, by architecture.
 
 A program works on a tile of ROWS rows (units, where it counts candidates) by BLOCK columns. The rule behind the entries:
-a thread takes 8 neighbouring columns of a row, so that contiguous 16-bit logits are read 16 bytes at a time (32-bit ones
-in two reads); the rows of a tile share each read of the shared vocabulary's ids; and at 16 elements a thread and side
-the live tiles leave registers for two programs on a multiprocessor, so that one loads while another computes. A column's
-id takes 4 bytes: 1,024 columns to 256 threads are 16 bytes of ids each. AMD's CDNA has waves of 64 threads, 4 of which
-make 256; with half the rows nothing spills there. `forward` has 128 threads: with 256, ptxas aims at one program more than
-the registers have room for and spills a few bytes to get there in some variants (on sm_100 also with 1,024 columns).
+a thread takes 16 columns of one row, in 16-byte reads of contiguous ones, so that a row's scalars are held once and at 48 to
+64 registers eight programs of 128 threads or more fit on a multiprocessor: some load while others compute. AMD's CDNA has
+waves of 64 threads, 4 of which make 256, with 8 columns each; with half the rows nothing spills there.
 
 The indexed products' rows are those that the k ids of a row name ("pick"; "pick_one" for k = 1), or entries with the same
 id ("weight_gradient"), and their columns are H: 16 rows are in flight before the first is needed, as are the 4,096

@@ -170,7 +170,7 @@ def test_rehearsal(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment |= {"PYTHONPATH": paths, "OUT": str(tmp_path / "out")}
     command = [sys.executable, "-m", "bench.gpu", "--rehearse"]
-    done = subprocess.run(command, cwd=rows.REPOSITORY, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=rows.REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) < 12_000 and "what went wrong" in done.stdout
     found = rows.read(tmp_path / "out" / rows.NAME)
@@ -185,7 +185,7 @@ def test_rehearsal(tmp_path):
     judged = [row for row in found if row.get("what") == "error"]
     assert {row["backend"] for row in judged} == {"triton", "torch"} and all(row["passed"] for row in judged)
     measured = {row["what"] for row in found if "what" in row}
-    assert measured >= {"versions", "copy", "product", "tests", "profile", "chunk_rows", "loss", "phase"}
+    assert measured >= {"versions", "copy", "product", "tests", "memcheck", "profile", "chunk_rows", "loss", "phase"}
     [liger] = [row for row in found if row.get("method", "").startswith("Liger")]
     assert "not installed" in liger["note"]
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

@@ -125,6 +125,7 @@ def test_extensions_are_longer_and_begin_alike():
     assert sorted(found.of(b"a").tolist()) == [1, 3, 5] and found.of(b"abc").tolist() == [] == found.of(b"z").tolist()
 
 
+@pytest.mark.slow
 def test_quick_study(tmp_path):
     command = [sys.executable, "-m", "bench.quality", "--quick", "--output", str(tmp_path), "--workers", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -7,7 +7,7 @@ import pytest
 
 from simct.commands import answers
 from simct.commands.answers import AnswerArguments, as_columns, choose, write_answers
-from simct.commands.recipe import find_recipe, list_recipes, recipe_options
+from simct.commands.recipe import find_recipe, list_recipes, read_options
 from simct.data.prompts import prompt_of
 from simct.data.records import read_prompts
 from simct.demo import ASSETS
@@ -150,4 +150,4 @@ def test_bad_input_ends_before_any_sampling(data, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in list_recipes() if name.endswith("/answers")])
 def test_recipes_hold_its_options(name):
-    AnswerArguments(**recipe_options(find_recipe(name)))
+    AnswerArguments(**read_options(find_recipe(name)))

@@ -11,11 +11,10 @@ import torch
 from real_configs import CONFIGS, PARAMETERS
 from rich.console import Console
 
-from bench import texts
 from simct import SimCTConfig
 from simct.commands.cli import RunArguments, main
 from simct.commands.dry_run import changes_that_fit, describe, meta_model, numbers_of
-from simct.commands.recipe import find_recipe, recipe_options
+from simct.commands.recipe import find_recipe, read_options
 from simct.demo import ASSETS
 from simct.training.memory import RESERVE, estimate, fits
 
@@ -45,7 +44,7 @@ def data(tmp_path):
 def arguments(pair: str, models, data, tmp_path, **changes):
     """What the command line makes of a recipe: the run, its configuration, and the recipe's options."""
     teacher, student = pair.split("_")
-    recipe = recipe_options(find_recipe(f"{pair}/distil"))
+    recipe = read_options(find_recipe(f"{pair}/distil"))
     run = RunArguments(str(models / student), str(models / teacher), str(data))
     known = {field.name for field in dataclasses.fields(SimCTConfig) if field.init}
     options = {k: v for k, v in recipe.items() if k not in ("student", "teacher", "data")} | {
@@ -97,20 +96,17 @@ def test_from_the_command_line(pair, step, models, data, tmp_path, capsys):
     assert "It fits:" in " ".join(output.split())
 
 
-def test_a_real_tokenizer(models, data, tmp_path):
+@pytest.mark.slow
+def test_a_real_tokenizer(models, data, tmp_path, qwen):
     """Qwen's own, of 151,665 tokens, in a folder of its own."""
-    try:
-        tokenizer = texts.qwen()
-    except ImportError as error:
-        pytest.skip(str(error))
     shutil.copytree(models / "qwen2.5-7b", tmp_path / "qwen")
-    tokenizer.save_pretrained(tmp_path / "qwen")
+    qwen.save_pretrained(tmp_path / "qwen")
     run, config, recipe = arguments(PAIRS[0], models, data, tmp_path)
     result, text = dry_run(
         dataclasses.replace(run, teacher=str(tmp_path / "qwen")), config, recipe, assume_memory_gb=80
     )
     row = next(line for line in text.splitlines() if "teacher qwen" in line)
-    assert f"{len(tokenizer):,}" in row and "<|im_end|> (151645)" in row
+    assert f"{len(qwen):,}" in row and "<|im_end|> (151645)" in row
     assert result.fits and "9,544 bytes" in text
 
 

@@ -16,7 +16,7 @@ from simct.commands.recipe import (
     STEPS,
     find_recipe,
     list_recipes,
-    recipe_options,
+    read_options,
     recipe_summary,
     recipe_table,
 )
@@ -34,7 +34,7 @@ def names_of(*classes) -> set[str]:
 
 
 def options_of(name: str) -> dict:
-    return recipe_options(find_recipe(name))
+    return read_options(find_recipe(name))
 
 
 def distil_config(options: dict, tmp_path) -> SimCTConfig:
@@ -159,7 +159,7 @@ def test_an_unknown_name_is_answered_with_what_there_is(tmp_path):
             find_recipe(name)
     own = tmp_path / "own.yaml"
     own.write_text("beta: 0.5\n")
-    assert recipe_options(find_recipe(str(own))) == {"beta": 0.5}
+    assert read_options(find_recipe(str(own))) == {"beta": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -176,9 +176,9 @@ def test_files_that_are_no_recipe(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        recipe_options(path)
+        read_options(path)
     with pytest.raises(ValueError, match="cannot be read"):
-        recipe_options(tmp_path / "missing.yaml")
+        read_options(tmp_path / "missing.yaml")
 
 
 def test_the_table_names_every_recipe_and_how_to_run_it(capsys):

@@ -13,6 +13,7 @@ from simct.commands.cli import main
 from simct.demo import ASSETS
 
 STUDENT, TEACHER = str(ASSETS / "student"), str(ASSETS / "teacher")
+pytestmark = pytest.mark.usefixtures("without_pictures")  # but of `plain`, which is made before
 BASE = {
     "student": STUDENT, "teacher": TEACHER, "data": ASSETS / "train.jsonl", "max_steps": 2, "optim": "sgd", "learning_rate": 0.1,
     "lr_scheduler_type": "constant", "warmup_steps": 0, "max_new_tokens": 16, "per_device_train_batch_size": 8,
@@ -109,7 +110,9 @@ def test_an_adapter_on_a_quantised_student(tmp_path):
             assert a[name] == pytest.approx(b[name], rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
+    """The command, started by torch's launcher. `training/test_distributed.py` has the trainer in two processes."""
     one = run(tmp_path / "one", temperature=0.0)
     launcher = [
         sys.executable,

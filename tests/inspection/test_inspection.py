@@ -172,6 +172,36 @@ def test_a_long_text_is_drawn_in_part_and_says_so(demo_tokenizers):
         html_page(whole, [], max_tokens=0)
 
 
+def test_one_long_unit_does_not_fill_the_page(demo_tokenizers):
+    """Units are drawn whole, but one may be as long as its response: the tables show its beginning, and say what is left."""
+    count = 20_000
+    sides = byte_level([b"ab"]), byte_level([b"ba"])
+    ab = sides[0].convert_tokens_to_ids("ab")
+    ba = sides[1].convert_tokens_to_ids("ba")
+    pair = TokenizerPair(*sides)
+    teacher = [ord("a"), *[ba] * (count - 1), ord("b"), pair.teacher_end_ids[0]]
+    answer = Answer([*[ab] * count, pair.student_end_ids[0]], teacher, "one unit")
+    inspection = inspect_answers(pair, *sides, [answer])
+    (longest, times) = inspection.largest()[0]
+    assert (len(longest.student), len(longest.teacher), times) == (count, count + 1, 1)
+    html = html_page(inspection, [], max_tokens=10)
+    assert len(html) < 60_000
+    page = Page(html)
+    assert f"and {count - 40:,} more" in page.words and f"Drawn are the first 0 of {count + 1:,} student" in page.words
+    console = Console(width=200, file=io.StringIO())
+    print_inspection(console, inspection, [])
+    output = console.file.getvalue()
+    assert len(output) < 30_000 and f"and {count - 40:,} more" in output
+
+
+def test_many_teacher_tokens_to_few_of_the_students_are_a_long_unit_too():
+    sides = byte_level([b"a" * 4000]), byte_level()
+    long = sides[0].convert_tokens_to_ids("a" * 4000)
+    pair, answers, inspection, page = looked_at(sides, [long], max_tokens=10)
+    assert len(inspection.answers[0].stretches[0].teacher) == 4000 and not page.texts
+    assert "--max_tokens 500 draws everything" in page.words and "and 3,960 more" in page.words
+
+
 def test_units_that_the_run_leaves_out_are_unsupervised(demo_tokenizers):
     pair = TokenizerPair(*demo_tokenizers)
     (student,) = pair.encode_student([MIXED])

@@ -1,5 +1,7 @@
 """The coverage report, and the public rules it compares with."""
 
+import random
+
 import pytest
 
 from simct.pairing.coverage import greedy_single, shared_by_string, without_markers
@@ -7,6 +9,46 @@ from simct.pairing.coverage import greedy_single, shared_by_string, without_mark
 from .conftest import CJK, CODE, PROSE
 
 RULES = ["simpleopd_public", "simct_public", "simpleopd", "simct"]
+
+
+def two_pointers(student, teacher):
+    """The public rule as it is written: both sides' texts put together until they are equal."""
+    i = j = 0
+    single = []
+    while i < len(student) and j < len(teacher):
+        a, b, m, n = student[i], teacher[j], 1, 1
+        while a != b:
+            if len(a) < len(b) and b.startswith(a) and i + m < len(student):
+                a, m = a + student[i + m], m + 1
+            elif len(b) < len(a) and a.startswith(b) and j + n < len(teacher):
+                b, n = b + teacher[j + n], n + 1
+            else:
+                return single
+        if m == n == 1:
+            single.append((i, j))
+        i, j = i + m, j + n
+    return single
+
+
+def test_the_greedy_rule_is_the_public_one():
+    draw = random.Random(0)
+
+    def cut(text: str) -> list[str]:
+        tokens = []
+        while text:
+            size = draw.randint(0, min(3, len(text)))  # a marker alone is an empty string
+            tokens.append(text[:size])
+            text = text[size:]
+        return tokens
+
+    found = 0
+    for _ in range(5000):
+        text = "".join(draw.choices("ab", k=draw.randint(0, 10)))
+        other = text if draw.random() < 0.7 else "".join(draw.choices("ab", k=draw.randint(0, 10)))
+        student, teacher = cut(text), cut(other)
+        assert greedy_single(student, teacher) == two_pointers(student, teacher), (student, teacher)
+        found += len(two_pointers(student, teacher))
+    assert found > 2000
 
 
 @pytest.mark.parametrize(

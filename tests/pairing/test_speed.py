@@ -1,8 +1,12 @@
 """Aligning must cost nothing beside sampling: at least ten times as fast as aligning decoded strings token by token."""
 
-from time import perf_counter
+from time import perf_counter, process_time
 
+import pytest
 import torch
+
+from simct.pairing.alignment import invalid_utf8
+from simct.pairing.coverage import greedy_single
 
 from .conftest import CODE, PROSE
 
@@ -47,3 +51,17 @@ def test_ten_times_as_fast_as_greedy_strings(deepseek, qwen, make_pair):
     torch.set_num_threads(threads)
     print(f"{4096 / ours / 1e6:.1f} million student tokens/s, {greedy / ours:.0f} times the greedy strings")
     assert greedy > 10 * ours
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda n: greedy_single(["ab"] * n, ["a", *["ba"] * n]),  # of equal texts no two tokens end together
+        lambda n: greedy_single(["a" * n], ["a"] * n),
+        lambda n: invalid_utf8(b"\xffa" * n),
+    ],
+)
+def test_time_is_in_proportion_to_the_text(call):
+    start = process_time()
+    assert len(call(300_000)) in (0, 300_000)
+    assert process_time() - start < 4  # by the square of it: 12 s and more on one fast core

@@ -1,11 +1,13 @@
 """Token bytes of every supported family, and the refusal of the others."""
 
 import json
+import shutil
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import LlamaTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from simct.demo import ASSETS
 from simct.pairing.pair import TokenizerPair
 from simct.pairing.tokens import TextEncoder, token_bytes, verify
 
@@ -145,3 +147,19 @@ def test_text_never_becomes_a_special_token(qwen, deepseek, gemma):
         texts = [end, f"a{end}{end} b {end}", f"say {end}"]
         for text, ids in zip(texts, encoder(texts), strict=True):
             assert b"".join(spelled[i] for i in ids) == text.encode()
+
+
+def test_an_id_far_beyond_the_vocabulary_is_refused(tmp_path):
+    """Tables are as long as the largest id, and so is the list of gaps that a backend makes when it is copied."""
+    folder = shutil.copytree(ASSETS / "student", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    state = json.loads((folder / "tokenizer.json").read_text())
+
+    def with_id(number: int):
+        state["model"]["vocab"]["zz"] = number
+        (folder / "tokenizer.json").write_text(json.dumps(state))
+        return AutoTokenizer.from_pretrained(folder)
+
+    with pytest.raises(ValueError, match="gives its token 'zz' the id 100,000,000, but has 2,049 tokens"):
+        token_bytes(with_id(10**8))
+    pieces = token_bytes(with_id(5000))  # gaps are usual
+    assert pieces[5000] == b"zz" and pieces[4999] is None

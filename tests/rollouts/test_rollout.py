@@ -8,6 +8,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from simct.data.prompts import render_prompt
 from simct.rollouts.protocol import Response, Sampling
 from simct.rollouts.transformers_engines import ContinuousBatching, StaticBatching, make_engine
+from simct.rollouts.vllm_requests import to_response
 
 CONTINUOUS = pytest.param("continuous")
 PROMPTS = ["The", "Return the", "This method is called", "If the", "A list of names that"]
@@ -156,3 +157,24 @@ def test_bad_settings_are_named(options, message):
 def test_an_unknown_engine_is_named(demo_student):
     with pytest.raises(ValueError, match="rollout_engine is 'vllm'"):
         make_engine(demo_student, "vllm")
+
+
+@pytest.mark.parametrize(
+    ("engine", "drawn"),
+    [("static", {"temperature": 0.6, "top_p": 0.9}), ("continuous", {}), ("continuous", {"temperature": 0.0})],
+)
+def test_logits_that_are_no_numbers_are_not_sampled_from(engine, drawn, demo_student, demo_tokenizers, prompts):
+    engine = make_engine(demo_student, engine)
+    with torch.no_grad():
+        demo_student.model.norm.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="logits are no finite numbers"):
+        engine.generate(prompts, sampling(demo_tokenizers[0], max_new_tokens=2, **drawn), seed=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), None])
+def test_log_probabilities_of_a_server_that_are_no_numbers_are_no_sample(value):
+    """vLLM's JSON has null for what is no number."""
+    settings = Sampling((5,), 0, max_new_tokens=4)
+    assert to_response([1, 2, 5], "stop", 5, [-0.5, -1.0, -0.1], settings).logprobs == [-0.5, -1.0, -0.1]
+    with pytest.raises(FloatingPointError, match="token 1 of a sampled response has the log-probability"):
+        to_response([1, 2, 5], "stop", 5, [-0.5, value, -0.1], settings)

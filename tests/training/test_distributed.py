@@ -1,8 +1,7 @@
 """Two processes (gloo, on the CPU) against one, whole or sharded: the same prompts, the same losses, the same weights."""
 
-import os
-import subprocess
-import sys
+import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 RUN = """
 import sys
-import accelerate.state
+sys.path.append(sys.argv[5])
 import torch
-from accelerate.utils import DistributedType
+from cpu_sharding import shard_on_a_cpu
 from simct import SimCTConfig, SimCTTrainer
 from simct.demo import ASSETS
 from simct.data.records import read_prompts
@@ -21,16 +20,7 @@ output, result, batch_size, sharded = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
 options = {}
 if sharded:
-    # accelerate sets FSDP up on accelerators only; torch itself shards on a CPU as well.
-    original = accelerate.state.AcceleratorState.__init__
-
-    def init(self, *args, fsdp_plugin=None, **kwargs):
-        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            accelerate.state.PartialState._shared_state["distributed_type"] = self.distributed_type
-
-    accelerate.state.AcceleratorState.__init__ = init
+    shard_on_a_cpu()
     fsdp = {"transformer_layer_cls_to_wrap": ["Gemma2DecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
     options = dict(fsdp=True, fsdp_config=fsdp)
 config = SimCTConfig(
@@ -53,29 +43,40 @@ if trainer.is_world_process_zero():
 """
 
 
-def run(tmp_path, processes: int, batch_size: int, kind: str = "whole") -> dict:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launch(programs, command: list, output: Path, processes: int) -> None:
+    """A script in so many processes that know of each other, to its end."""
+    launched = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = []
+    for rank in map(str, range(processes)):
+        environment = launched | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+        started.append(programs.start(command, Path(f"{output}-{rank}"), module=False, **environment))
+    for program in started:
+        assert program.finish() == 0, program.output.read_text()[-3000:]
+
+
+def run(programs, tmp_path, processes: int, batch_size: int, kind: str = "whole") -> dict:
     script, result = tmp_path / "run.py", tmp_path / f"{processes}-{kind}"
     script.write_text(RUN)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [
-        sys.executable,
-        *(launcher if processes > 1 else []),
-        *(str(script), str(tmp_path / "out"), str(result), str(batch_size), kind),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [script, tmp_path / "out", result, batch_size, kind, Path(__file__).parent]
+    launch(programs, command, tmp_path / f"output-{kind}", processes)
     return torch.load(result, weights_only=True)
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("one"), 1, 8)
+def one(programs, tmp_path_factory):
+    return run(programs, tmp_path_factory.mktemp("one"), 1, 8)
 
 
 @pytest.mark.parametrize("kind", ["whole", "fsdp"])
-def test_two_processes_equal_one(tmp_path, one, kind):
-    ours, theirs = one, run(tmp_path, 2, 4, kind)
+def test_two_processes_equal_one(programs, tmp_path, one, kind):
+    ours, theirs = one, run(programs, tmp_path, 2, 4, kind)
     names = (
         "loss",
         "loss/single",

@@ -1,10 +1,7 @@
 """A run that is killed in the middle of a step, and goes on from its last checkpoint: the weights of a run that never was."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -22,30 +19,25 @@ def command(output, *more):
         "--num_iterations": 3, "--max_new_tokens": 16, "--logging_steps": 1, "--learning_rate": 1e-3,
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]
-    return [sys.executable, "-m", "simct.commands.cli", "train", *words, "--use_cpu", "--disable_tqdm", "true", *more]
+    return ["simct.commands.cli", "train", *words, "--use_cpu", "--disable_tqdm", "true", *more]
 
 
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-
-
-def finish(output, *more):
-    done = subprocess.run(command(output, *more), env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def finish(programs, output, *more):
+    programs.run(command(output, *more), output.with_suffix(".txt"))
     return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).state_dict()
 
 
-def test_killed_and_resumed_equals_never_killed(tmp_path):
-    whole = finish(tmp_path / "whole")
+def test_killed_and_resumed_equals_never_killed(programs, tmp_path):
+    whole = finish(programs, tmp_path / "whole")
     killed = tmp_path / "killed"
-    run = subprocess.Popen(command(killed), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = programs.start(command(killed), tmp_path / "first.txt")
     deadline = time.monotonic() + 120
     while newest_complete(killed) is None:
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.02)  # into a step of the middle of a batch of rollouts
-    run.send_signal(signal.SIGKILL)
-    assert run.wait(timeout=30) == -signal.SIGKILL
+    run.kill()
+    assert run.finish(30) == -signal.SIGKILL
     assert not (killed / "model.safetensors").exists()
     # A checkpoint that was being written, whatever the moment of the signal.
     found = newest_complete(killed)
@@ -54,6 +46,6 @@ def test_killed_and_resumed_equals_never_killed(tmp_path):
     (broken / "trainer_state.json").write_text('{"epoch": 0.')
     with pytest.warns(UserWarning, match="checkpoint-99 is not complete"):
         assert newest_complete(killed) == found
-    resumed = finish(killed, "--resume_from_checkpoint", "latest")
+    resumed = finish(programs, killed, "--resume_from_checkpoint", "latest")
     for name, weight in whole.items():
         assert torch.equal(weight, resumed[name]), name

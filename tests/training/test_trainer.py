@@ -161,7 +161,16 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
+def test_evaluations_repeat_themselves_and_count_their_samples(tmp_path):
+    trainer = SimCTTrainer(STUDENT, TEACHER, config(tmp_path), PROMPTS, HELD_OUT)
+    first = trainer.evaluate()
+    assert first == {**trainer.evaluate(), "eval_runtime": first["eval_runtime"]}
+    assert first["eval_samples"] + first["eval_samples_unscored"] == len(HELD_OUT)
+
+
+@pytest.mark.slow
 def test_distillation_lowers_the_reverse_kl(tmp_path):
+    """As the demo does in `commands/test_cli.py`, in fewer steps."""
     held_out = read_prompts(ASSETS / "eval.jsonl") * 2
     arguments = config(
         tmp_path, max_steps=40, per_device_train_batch_size=32, per_device_eval_batch_size=50, logging_steps=20,

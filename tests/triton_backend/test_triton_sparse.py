@@ -245,7 +245,7 @@ def singles(**sizes):
 
 
 def test_nothing_of_rows_by_k_by_width_exists(monkeypatch):
-    """Tensors of H columns are heads, their shared rows, hidden states, and the few rows of cut runs."""
+    """Tensors of H columns are heads, their shared rows (150, padded to 192), hidden states, and the few rows of cut runs."""
     from simct_kernels.triton_backend import tiles
 
     monkeypatch.setattr(tiles, "SEGMENT", 128)
@@ -257,7 +257,7 @@ def test_nothing_of_rows_by_k_by_width_exists(monkeypatch):
         rows, picked = len(problem.units), 9
         widths = {shape for shape in record.shapes if len(shape) > 1 and {13, 11} & set(shape)}
         assert all(len(shape) == 2 for shape in widths)
-        lengths = {203, 171, 150, len(problem.student_hidden), rows, 2 * -(-rows * picked // 128), 13, 11}
+        lengths = {203, 171, 192, len(problem.student_hidden), rows, 2 * -(-rows * picked // 128), 13, 11}
         assert {max(shape) for shape in widths} <= lengths and rows * picked not in lengths
 
 
@@ -266,10 +266,10 @@ def test_top_k_16_of_single_units_costs_at_most_what_it_should():
     pytest.importorskip("triton.runtime.interpreter")
     if triton_cases.DEVICE != "cpu":
         pytest.skip("traffic is counted in the interpreter")
-    from simct_kernels.triton_backend.traffic import count_traffic
+    from bench.traffic import count_traffic
 
     k = 16
-    problem = singles(shared_size=300, student_vocabulary=403, teacher_vocabulary=371)
+    problem = singles(shared_size=320, student_vocabulary=403, teacher_vocabulary=371)
     rows, size = len(problem.units), len(problem.shared)
     with count_traffic() as traffic, FlopCounterMode(display=False) as products:
         triton_cases.linear_simct_loss(*problem.arguments(), top_k=k).backward()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.cases import GEMMA, QWEN, Case, Model, make_shared, make_units
-from simct_kernels import LMHead
+from simct_kernels import LMHead, torch_backend
 from simct_kernels.options import LossOptions
 from simct_kernels.torch_backend import rows as backend_rows
 from simct_kernels.triton_backend import linear_job
@@ -55,7 +55,9 @@ class LiveMemory(TorchDispatchMode):
         return out
 
 
-def call(case: Case, *, trains_head: bool = True, chunk_rows: int | str = "auto", **options) -> float:
+def call(
+    case: Case, *, trains_head: bool = True, chunk_rows: int | str = "auto", backend=linear_job, **options
+) -> float:
     """Makes losses and gradients, the head's with a scale as in a backward pass; GB held at most besides the inputs."""
     shared = make_shared(case)
     units = make_units(case, shared)
@@ -73,10 +75,12 @@ def call(case: Case, *, trains_head: bool = True, chunk_rows: int | str = "auto"
     hidden = empty(len(units.student_tokens), case.student.width)
     teacher_hidden = empty(len(units.teacher_tokens), case.teacher.width)
     options = LossOptions(**options)
-    job = linear_job(units, shared, options, head, teacher_head, chunk_rows, torch.float32)
+    job = backend(units, shared, options, head, teacher_head, chunk_rows, torch.float32)
     with torch.no_grad(), LiveMemory(hidden, head.weight, teacher_hidden, teacher_head.weight) as memory:
         losses, (by_hidden, by_weight, _) = job.run(hidden, teacher_hidden, (True, trains_head, False))
         if trains_head:
+            if isinstance(by_weight, Tensor):  # with top_k
+                return memory.peak / GB
             made = by_weight.make(torch.empty((), device="meta"), torch.bfloat16)
             assert made.shape == head.weight.shape and made.dtype == torch.bfloat16
     assert losses.shape == (len(units),) and by_hidden.shape == hidden.shape
@@ -90,6 +94,16 @@ def call(case: Case, *, trains_head: bool = True, chunk_rows: int | str = "auto"
 )
 def test_the_headline_never_waits_and_fits(options):
     assert call(HEADLINE, **options) < 4.5
+
+
+@pytest.mark.parametrize("options", [{}, {"candidates": "disjoint", "teacher_mass_floor": 0.1}], ids=str)
+def test_few_candidates_never_wait(options):
+    call(HEADLINE, top_k=16, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"candidates": "disjoint"}, {"top_k": 16, "beta": 0.5}], ids=str)
+def test_the_pytorch_backend_never_waits(options):
+    call(HEADLINE, backend=torch_backend.LossJob, **options)
 
 
 def test_one_vocabulary():
