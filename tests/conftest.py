@@ -5,9 +5,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the n
 
 import pytest
 import torch
+from hypothesis import settings
 from moved_clock import at_once, clock  # noqa: F401
 from packages import or_skip
 from programs import Programs
+from same_samples import Tape
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -15,7 +17,10 @@ from bench import texts
 from simct.demo import ASSETS
 
 pytest.register_assert_rewrite("served_answers", "served_contract")
-torch.set_num_threads(1)  # the models are tiny, and waiting threads cost more than they bring on a busy machine
+# The models are tiny, and waiting threads cost more than they bring on a busy machine.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
+settings.register_profile("suite", deadline=None)  # on a busy machine an example takes as long as it takes
+settings.load_profile("suite")
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
@@ -57,6 +62,11 @@ def demo_student():
 def programs():
     with Programs() as programs:
         yield programs
+
+
+@pytest.fixture
+def tape(monkeypatch):
+    return Tape(monkeypatch)
 
 
 @pytest.fixture

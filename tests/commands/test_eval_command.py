@@ -55,7 +55,7 @@ def task(tmp_path, monkeypatch):
 def test_a_checkpoint_is_scored_and_the_results_are_written(task, demo_student, capsys):
     first, second = (greedy(demo_student, q) for q in QUESTIONS[:2])
     arguments = task([first, second, "something else"])
-    results = main([STUDENT, *arguments, "--output", "out/scores.json", "--batch-size", "2"])
+    results = main([STUDENT, *arguments, "--output", "out/scores.json", "--batch-size", "2", "--dtype", "float32"])
     assert results["results"]["own"]["exact_match,none"] == pytest.approx(2 / 3)
     written = json.loads(Path("out/scores.json").read_text())
     assert written["results"]["own"]["exact_match,none"] == pytest.approx(2 / 3)

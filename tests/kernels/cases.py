@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from simct_kernels import AlignedUnits, LMHead, SharedVocabulary
 
 # (student tokens, teacher tokens) of each unit: single, either side longer, both longer.
 MIXED = ((1, 1), (2, 1), (1, 1), (1, 3), (1, 1), (3, 2), (1, 1), (1, 1), (2, 2), (1, 1), (4, 1), (1, 1))
+# One of every kind, and a third single one, which has a continuation: for what takes long, as in Triton's interpreter.
+FEW = ((1, 1), (2, 1), (1, 3), (1, 1), (1, 1), (2, 2))
 GRADIENTS = ("hidden", "weight", "bias")
 
 
@@ -131,6 +134,11 @@ def make_problem(
         units,
         shared,
     )
+
+
+def slow(*cases) -> list:
+    """The rest of a grid: of its pairs of values, the quick cases have all that matter."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:

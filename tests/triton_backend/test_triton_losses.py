@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from kernels.cases import MIXED, Problem, make_problem, relative_error
+from kernels.cases import FEW, MIXED, Problem, make_problem, relative_error, slow
 from torch import Tensor
 from triton_cases import DEVICE, linear_simct_loss, moved, simct_loss
 
@@ -77,18 +77,26 @@ def assert_logits_agree(problem: Problem, tolerance: float, **options) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=name)
 def test_logits_agree_with_oracle(options):
-    assert_logits_agree(make_problem(dtype=torch.float32), 1e-5, **options)
+    assert_logits_agree(make_problem(FEW, dtype=torch.float32), 1e-5, **options)
 
 
-@pytest.mark.parametrize("options", [{}, *OPTIONS[-2:]], ids=name)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype,options",
+    [
+        (torch.bfloat16, {}),
+        (torch.bfloat16, OPTIONS[-2]),
+        (torch.float16, OPTIONS[-1]),
+        *slow((torch.bfloat16, OPTIONS[-1]), (torch.float16, {}), (torch.float16, OPTIONS[-2])),
+    ],
+    ids=name,
+)
 def test_logits_of_16_bits(options, dtype):
-    assert_logits_agree(make_problem().to(dtype), 1e-2, **options)
+    assert_logits_agree(make_problem(FEW).to(dtype), 1e-2, **options)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=name)
+@pytest.mark.parametrize("options", [OPTIONS[1], *OPTIONS[-3:], *slow(OPTIONS[0], *OPTIONS[2:-3])], ids=name)
 def test_linear_agrees_with_oracle(options):
-    assert_linear_agrees(make_problem(dtype=torch.float32, **CAPPED), 1e-5, ("none",), **options)
+    assert_linear_agrees(make_problem(FEW, dtype=torch.float32, **CAPPED), 1e-5, ("none",), **options)
 
 
 @pytest.mark.parametrize("head", [{}, {"bias": False}, {"bias": False, "softcap": 2.0}], ids=name)
@@ -96,11 +104,18 @@ def test_heads(head):
     assert_linear_agrees(make_problem(dtype=torch.float32, **head), 1e-5, ("sum",))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head", [CAPPED, {"bias": False}], ids=name)
+@pytest.mark.parametrize(
+    "head,dtype",
+    [
+        (CAPPED, torch.bfloat16),
+        ({"bias": False}, torch.float16),
+        *slow((CAPPED, torch.float16), ({"bias": False}, torch.bfloat16)),
+    ],
+    ids=name,
+)
 def test_hidden_states_of_16_bits(head, dtype):
     """Without a bias the gradient's tile has the operands' 16 bits on a GPU."""
-    assert_linear_agrees(make_problem(dtype=torch.float32, **head).to(dtype), 1e-2, ("sum",))
+    assert_linear_agrees(make_problem(FEW, dtype=torch.float32, **head).to(dtype), 1e-2, ("sum",))
 
 
 SIZES = [
@@ -108,15 +123,24 @@ SIZES = [
     (MIXED, {"shared_size": 61}),  # K = V_t
     ([(1, 1)], {}),
     ([(2, 3)], {}),
-    ([(40, 33)], {}),
+    ([(13, 10)], {}),
     ([(2, 1), (1, 2), (3, 3)], {}),  # only longer units
     ([(1, 1)] * 2, {}),  # only units without a continuation
-    ([(1, 1), (64, 1), (1, 1)], {}),
+    ([(1, 1), (18, 1), (1, 1)], {}),
 ]
+LONG = [([(40, 33)], {}), ([(1, 1), (64, 1), (1, 1)], {})]
+SIZED = {}, {"beta": 0.5, "teacher_mass_floor": 0.4}
 
 
-@pytest.mark.parametrize("lengths,sizes", SIZES, ids=str)
-@pytest.mark.parametrize("options", [{}, {"beta": 0.5, "teacher_mass_floor": 0.4}], ids=name)
+@pytest.mark.parametrize(
+    "lengths,sizes,options",
+    [
+        *((*case, SIZED[number % 2]) for number, case in enumerate(SIZES)),
+        *slow(*((*case, SIZED[(number + 1) % 2]) for number, case in enumerate(SIZES))),
+        *slow(*((*case, options) for case in LONG for options in SIZED)),
+    ],
+    ids=name,
+)
 def test_sizes(lengths, sizes, options):
     problem = make_problem(lengths, dtype=torch.float32, **sizes)
     assert_logits_agree(problem, 1e-5, **options)
@@ -125,24 +149,24 @@ def test_sizes(lengths, sizes, options):
 
 @pytest.mark.parametrize("student,teacher", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_sides_of_different_dtype(student, teacher):
-    problem = make_problem().to(student, teacher)
+    problem = make_problem(FEW).to(student, teacher)
     assert_logits_agree(problem, 1e-2)
     assert_linear_agrees(problem, 1e-2, ("sum",))
 
 
-@pytest.mark.parametrize("options", [{}, {"candidates": "disjoint"}, {"teacher_mass_floor": 0.4}], ids=name)
+@pytest.mark.parametrize("options", [{"candidates": "disjoint"}, *slow({}, {"teacher_mass_floor": 0.4})], ids=name)
 @pytest.mark.parametrize("chunk_rows", [3])
 def test_chunks_change_nothing(chunk_rows, options):
-    problem = make_problem(dtype=torch.float32)
+    problem = make_problem(FEW, dtype=torch.float32)
     expected, expected_gradients = run_linear(problem, **options)
     loss, gradients = run_linear(problem, chunk_rows=chunk_rows, **options)
     assert relative_error(loss, expected) < 1e-6
     assert all(relative_error(gradients[key], expected_gradients[key]) < 1e-6 for key in expected_gradients)
 
 
-@pytest.mark.parametrize("options", [{}, {"beta": 0.5, "candidates": "disjoint"}], ids=name)
+@pytest.mark.parametrize("options", [{"beta": 0.5, "candidates": "disjoint"}, *slow({})], ids=name)
 def test_same_bits_on_every_run(options):
-    problem = make_problem(dtype=torch.float32)
+    problem = make_problem(FEW, dtype=torch.float32)
     first, again = run_logits(problem, **options), run_logits(problem, **options)
     assert first[0].equal(again[0]) and first[1].equal(again[1])
     first, again = run_linear(problem, **options), run_linear(problem, **options)
@@ -152,7 +176,7 @@ def test_same_bits_on_every_run(options):
 @pytest.mark.parametrize("programs", [0, 1, 1000])
 def test_rows_split_between_programs_or_not(monkeypatch, programs):
     monkeypatch.setattr(triton_backend.tiles, "_multiprocessors", lambda device: programs)
-    assert_logits_agree(make_problem(dtype=torch.float32), 1e-5)
+    assert_logits_agree(make_problem(FEW, dtype=torch.float32), 1e-5)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
@@ -166,7 +190,7 @@ def test_no_unit_gives_a_differentiable_zero(reduction):
 
 
 def test_repeated_backward():
-    problem = make_problem(dtype=torch.float32)
+    problem = make_problem(FEW, dtype=torch.float32)
     student, *rest = problem.logits()
     expected = run_logits(problem)[1]
     loss = 3 * simct_loss(student, *rest)
@@ -180,7 +204,7 @@ def test_repeated_backward():
 
 
 def test_logits_changed_before_the_backward_are_noticed():
-    student, *rest = make_problem(dtype=torch.float32).logits()
+    student, *rest = make_problem(FEW, dtype=torch.float32).logits()
     student = moved(student.detach()).requires_grad_()
     copy = student * 1
     loss = simct_kernels.simct_loss(copy, *map(moved, rest), backend="triton")
@@ -191,8 +215,8 @@ def test_logits_changed_before_the_backward_are_noticed():
 
 
 def test_strided_logits():
-    student, teacher, units, shared = make_problem(dtype=torch.float32).logits()
-    expected, expected_gradient = run_logits(make_problem(dtype=torch.float32))
+    student, teacher, units, shared = make_problem(FEW, dtype=torch.float32).logits()
+    expected, expected_gradient = run_logits(make_problem(FEW, dtype=torch.float32))
     wide = moved(torch.empty(*teacher.shape, 2))
     wide[..., 0] = moved(teacher)
     transposed = moved(student.detach()).T.contiguous().T.requires_grad_()
@@ -231,7 +255,7 @@ def test_one_vocabulary_is_ordinary_distillation(beta, width):
 
 def test_equal_logits_give_no_loss():
     """Also where the models differ by a constant that would drown the loss if it were not taken off first."""
-    problem = make_problem(dtype=torch.float32)
+    problem = make_problem(FEW, dtype=torch.float32)
     student, teacher, units, shared = problem.logits()
     flat = torch.full_like(student, 1000.0).requires_grad_()
     units = units.select(~units.has_continuation(shared))
@@ -244,7 +268,7 @@ def test_equal_logits_give_no_loss():
 
 @pytest.mark.parametrize("options", [{}, {"beta": 0.0}, {"beta": 0.5}, {"score": "sum_logprob"}], ids=name)
 def test_huge_logits(options):
-    student, teacher, units, shared = make_problem(dtype=torch.float32).logits()
+    student, teacher, units, shared = make_problem(FEW, dtype=torch.float32).logits()
     student = (1e4 * student.detach().sign() + student.detach()).requires_grad_()
     teacher = 1e4 * teacher.sign() + teacher
     exact = student.detach().double().requires_grad_()

@@ -7,7 +7,7 @@ import kernels.test_topk
 import pytest
 import torch
 import triton_cases
-from kernels.cases import make_problem, relative_error
+from kernels.cases import FEW, make_problem, relative_error
 from kernels.test_cost import RecordSizes
 from kernels.test_topk import (  # noqa: F401
     serve,
@@ -29,7 +29,6 @@ from simct_kernels import LMHead, ops, triton_backend
 from simct_kernels.triton_backend.sparse import ServedJob, TopKJob
 
 inf = math.inf
-LENGTHS = ((1, 1), (2, 1), (1, 3), (1, 1), (1, 1), (2, 2))  # of every kind one; the third single one has a continuation
 SIZES = {"shared_size": 150, "student_vocabulary": 203, "teacher_vocabulary": 171}
 # 2 * 16 <= K = 37: the teacher's columns are picked; 7 takes them out of a product over all K.
 CHOICES = [
@@ -57,7 +56,7 @@ def on_triton(monkeypatch, small_tiles):
     monkeypatch.setattr(kernels.test_topk, "topk_simct_loss", triton_cases.topk_simct_loss)
 
 
-def small_problem(lengths=LENGTHS, **sizes):
+def small_problem(lengths=FEW, **sizes):
     return make_problem(lengths, dtype=torch.float32, **sizes)
 
 
@@ -128,7 +127,7 @@ def test_no_unit_gives_a_differentiable_zero():
 
 
 def test_what_needs_no_gradient():
-    problem = small_problem(LENGTHS[2:])
+    problem = small_problem(FEW[2:])
     head = problem.student_head
     frozen = dataclasses.replace(problem, student_head=LMHead(head.weight.detach(), head.bias.detach()))
     only_head = dataclasses.replace(problem, student_hidden=problem.student_hidden.detach())
@@ -285,7 +284,7 @@ def test_top_k_16_of_single_units_costs_at_most_what_it_should():
 @pytest.mark.parametrize("loss", ["simct_loss", "linear_simct_loss", "topk_simct_loss"])
 def test_custom_ops(loss):
     """What torch.compile calls in the losses' place."""
-    problem = small_problem(LENGTHS[2:])
+    problem = small_problem(FEW[2:])
     if loss == "simct_loss":
         arguments, leaf = problem.logits(), None
     elif loss == "linear_simct_loss":
