@@ -36,7 +36,9 @@ class OptionParser(HfArgumentParser):
                 action.default, action.required = given[action.dest], False
         *found, rest = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
         if rest:
-            raise UsageError(f"unrecognized arguments: {' '.join(rest)}{self._near(rest[0].lstrip('-').split('=')[0])}")
+            raise UsageError(
+                f"unrecognized arguments: {' '.join(rest)}{self._near(rest[0].lstrip('-').split('=')[0], '--')}"
+            )
         return tuple(found)
 
     def error(self, message: str) -> None:
@@ -60,10 +62,10 @@ class OptionParser(HfArgumentParser):
             found[name] = value
         return found
 
-    def _near(self, name: str) -> str:
+    def _near(self, name: str, dashes: str = "") -> str:
         known = [action.dest for action in self._actions]
         close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-        return f" (did you mean {close[0]}?)" if close else ""
+        return f" (did you mean {dashes}{close[0]}?)" if close else ""
 
 
 def option_files(argv: list[str]) -> list[tuple[str, dict[str, Any]]]:
