@@ -117,7 +117,7 @@ def test_metrics_are_complete_and_consistent(tmp_path):
 
 
 def test_statistics_over_the_vocabulary_are_measured_only_when_logged(tmp_path):
-    trainer = trained(tmp_path, max_steps=4, logging_steps=2)
+    trainer = trained(tmp_path, max_steps=4, logging_steps=2, logging_first_step=False)
     assert [row["step"] for row in logs(trainer)] == [2, 4]
     assert all("response/entropy" in row for row in logs(trainer))
 
@@ -136,7 +136,7 @@ def test_only_what_is_logged_is_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Recorder, "will_log", ask)
     monkeypatch.setattr(Recorder, "distributions", measure)
-    trained(tmp_path, max_steps=4, logging_steps=2)
+    trained(tmp_path, max_steps=4, logging_steps=2, logging_first_step=False)
     assert asked == [(0, False), (1, True), (2, False), (3, True)]
     assert measured == [1, 3]
 
@@ -173,7 +173,7 @@ def test_distillation_lowers_the_reverse_kl(tmp_path):
     """As the demo does in `commands/test_cli.py`, in fewer steps."""
     held_out = read_prompts(ASSETS / "eval.jsonl") * 2
     arguments = config(
-        tmp_path, max_steps=40, per_device_train_batch_size=32, per_device_eval_batch_size=50, logging_steps=20,
+        tmp_path, max_steps=40, per_device_train_batch_size=32, per_device_eval_batch_size=50, logging_steps=20, logging_first_step=False,
         max_new_tokens=48, learning_rate=5e-4,
     )  # fmt: skip
     trainer = SimCTTrainer(STUDENT, TEACHER, arguments, read_prompts(ASSETS / "train.jsonl"), held_out)
@@ -189,7 +189,7 @@ def test_distillation_lowers_the_reverse_kl(tmp_path):
 
 def test_the_best_checkpoint_is_the_one_of_least_reverse_kl(tmp_path):
     arguments = config(
-        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, logging_steps=4,
+        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, logging_steps=4, logging_first_step=False,
         load_best_model_at_end=True, save_total_limit=1,
     )  # fmt: skip
     trainer = SimCTTrainer(STUDENT, TEACHER, arguments, PROMPTS, HELD_OUT)
