@@ -29,7 +29,6 @@ from simct.teachers.served import check_objective
 from simct.training.memory import RESERVE, MemoryEstimate, device_memory, estimate, fits, memory_table
 
 MEASURED_PROMPTS = 1000  # of which the longest is the length to be expected
-ASSUMED_PROMPT = 512  # student tokens, where the data are not here
 COVERAGE_PROMPTS = 200
 SECRETS = ("hub_token", "push_to_hub_token")
 
@@ -52,6 +51,7 @@ def describe(
     *,
     recipe: Mapping[str, Any] | None = None,
     assume_memory_gb: float | None = None,
+    assume_prompt_tokens: int | None = None,
     peft_config=None,
 ) -> DryRun:
     """Prints what a run would be and whether its device has the memory for it.
@@ -61,6 +61,7 @@ def describe(
         config: the run's `SimCTConfig`.
         recipe: the options that a recipe or a configuration file set, to say where a value comes from.
         assume_memory_gb: the memory of the device that the run is meant for; that of this machine's if not given.
+        assume_prompt_tokens: where the data file is not here, prompts of so many student tokens are assumed; None: an error.
         peft_config: the adapter that the student is trained with, if any.
 
     Raises:
@@ -69,7 +70,7 @@ def describe(
     """
     if assume_memory_gb is not None and not 0 < assume_memory_gb < math.inf:
         raise ValueError(f"assume_memory_gb is {assume_memory_gb}: expected a number above 0")
-    absent = Path(run.data).suffix in (*JSONL, *PARQUET) and not Path(run.data).exists()
+    absent = assume_prompt_tokens is not None and Path(run.data).suffix in (*JSONL, *PARQUET) and not Path(run.data).exists()
     records = None
     if not absent:
         records = load_records(run.data, split=run.data_split, streaming=run.streaming, on_bad_row=config.on_bad_row)
@@ -102,7 +103,7 @@ def describe(
     console.print(options_table(run, config, recipe or {}))
     console.print(pair_table(pair, *tokenizers))
     if records is None:
-        lengths = [ASSUMED_PROMPT]
+        lengths = [assume_prompt_tokens]
     else:
         first = records.take(MEASURED_PROMPTS) if run.streaming else records
         prompts = [prompt_of(record) for record in itertools.islice(rows(first), MEASURED_PROMPTS)]

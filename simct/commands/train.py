@@ -9,7 +9,8 @@ from simct.console import before_work, console, printable
 
 FIRST_EVALUATION = "evaluation_before.json"  # in the output folder: what a resumed run compares with
 
-ASSUMED_GPU_GB = 80  # a dry run for a GPU, on a machine without one
+# Of a dry run, on a machine without the GPU or the data that the run is meant for.
+ASSUMED_GPU_GB, ASSUMED_PROMPT_TOKENS = 80, 512
 
 
 @dataclass
@@ -177,8 +178,8 @@ def dry_run(run: RunArguments, config, argv: list[str], adapter) -> bool:
     given = {}
     for _, options in option_files(argv):
         given.update(options)
-    result = describe(run, config, console, recipe=given, assume_memory_gb=run.assume_memory_gb, peft_config=adapter)
-    return result.fits
+    assumed = dict(assume_memory_gb=run.assume_memory_gb, assume_prompt_tokens=ASSUMED_PROMPT_TOKENS)
+    return describe(run, config, console, recipe=given, peft_config=adapter, **assumed).fits
 
 
 def checkpoint(asked: str | None, folder: str) -> str | None:

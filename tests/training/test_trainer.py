@@ -173,7 +173,7 @@ def test_distillation_lowers_the_reverse_kl(tmp_path):
     """As the demo does in `commands/test_cli.py`, in fewer steps."""
     held_out = read_prompts(ASSETS / "eval.jsonl") * 2
     arguments = config(
-        tmp_path, max_steps=40, per_device_train_batch_size=32, per_device_eval_batch_size=50, logging_steps=20, logging_first_step=False,
+        tmp_path, max_steps=40, per_device_train_batch_size=32, per_device_eval_batch_size=50, logging_steps=20,
         max_new_tokens=48, learning_rate=5e-4,
     )  # fmt: skip
     trainer = SimCTTrainer(STUDENT, TEACHER, arguments, read_prompts(ASSETS / "train.jsonl"), held_out)
@@ -189,7 +189,7 @@ def test_distillation_lowers_the_reverse_kl(tmp_path):
 
 def test_the_best_checkpoint_is_the_one_of_least_reverse_kl(tmp_path):
     arguments = config(
-        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, logging_steps=4, logging_first_step=False,
+        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, logging_steps=4,
         load_best_model_at_end=True, save_total_limit=1,
     )  # fmt: skip
     trainer = SimCTTrainer(STUDENT, TEACHER, arguments, PROMPTS, HELD_OUT)
