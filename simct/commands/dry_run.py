@@ -70,7 +70,9 @@ def describe(
     """
     if assume_memory_gb is not None and not 0 < assume_memory_gb < math.inf:
         raise ValueError(f"assume_memory_gb is {assume_memory_gb}: expected a number above 0")
-    absent = assume_prompt_tokens is not None and Path(run.data).suffix in (*JSONL, *PARQUET) and not Path(run.data).exists()
+    absent = (
+        assume_prompt_tokens is not None and Path(run.data).suffix in (*JSONL, *PARQUET) and not Path(run.data).exists()
+    )
     records = None
     if not absent:
         records = load_records(run.data, split=run.data_split, streaming=run.streaming, on_bad_row=config.on_bad_row)
