@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench` (see README.md here). They import the packages; nothing but the tests imports them."""
+"""Benchmarks: `python -m bench` (see docs/benchmarks.md). They import the packages; nothing but the tests imports them."""

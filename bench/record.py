@@ -31,7 +31,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
 
 @dataclass
 class Row:
-    """One line of results.csv; README.md says what the columns mean."""
+    """One line of results.csv; docs/benchmarks.md says what the columns mean."""
 
     suite: str
     case: str

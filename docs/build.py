@@ -7,7 +7,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -23,16 +23,6 @@ MODULES = (
     "simct.training.trainer",
     "simct_kernels",
 )
-SECTIONS = {  # the first option of each: the order is that of SimCTConfig
-    "learning_rate": "Optimisation",
-    "max_new_tokens": "Rollouts",
-    "prompt_format": "Prompts",
-    "max_tokens_per_batch": "Memory and speed",
-    "beta": "Objective",
-    "teacher_url": "A teacher behind a server",
-    "eval_num_generations": "Evaluation",
-    "model_init_kwargs": "Models given as paths",
-}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -50,29 +40,34 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def options_page() -> str:
-    """Every option of `SimCTConfig` that it adds to `transformers.TrainingArguments`, or whose default it changes."""
-    from simct import SimCTConfig
+    """The options that this package adds to `TrainingArguments`, or whose default it changes, grouped as in help."""
+    from simct.commands.train import RunArguments
+    from simct.training.config import SimCTConfig
+    from simct.training.groups import GROUPS
 
     lines = [
         "# Options of a run",
         "",
-        "Fields of `SimCTConfig`, options of `simct train` (`--name value`), keys of its `--config` file. Everything else of",
+        "Options of `simct train` (`--name value`) and keys of its `--config` file; all but those of the run's files and models",
+        "are fields of `SimCTConfig`. Everything else of",
         "[`transformers.TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer) is there too.",
-        "Written by `docs/build.py` from [simct/training/config.py](../simct/training/config.py).",
+        "When to change which: [training](training.md), [choosing an objective](choosing-an-objective.md),",
+        "[troubleshooting](troubleshooting.md). Written by `docs/build.py`; `simct train --help GROUP` prints the same.",
     ]
-    for field in fields(SimCTConfig):
-        if field.name not in SimCTConfig.__annotations__:
-            continue
-        if title := SECTIONS.get(field.name):
-            lines += ["", f"## {title}", "", "| option | default | |", "|---|---|---|"]
-        text = field.metadata["help"].replace("|", r"\|")
-        lines.append(f"| `{field.name}` | `{field.default}` | {text} |")
+    known = {field.name: field for field in (*fields(RunArguments), *fields(SimCTConfig))}
+    for group in GROUPS.values():
+        lines += ["", f"## {group.title}", "", "| option | default | |", "|---|---|---|"]
+        for name in group.own:
+            field = known[name]
+            text = field.metadata["help"].replace("|", r"\|")
+            default = "" if field.default is MISSING else f"`{field.default}`"
+            lines.append(f"| `{name}` | {default} | {text} |")
     return "\n".join(lines) + "\n"
 
 
 def broken_links() -> Iterator[str]:
     """Relative links of the Markdown files to a file or a heading that is not there."""
-    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")):
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/**/*.md")):
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         for link in re.findall(r"\]\(([^)\s]+)\)", text):
             if re.match(r"[a-z]+:", link):

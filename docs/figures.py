@@ -1,5 +1,10 @@
-"""`python docs/figures.py`: the figures of docs/method.md, from the demo's own models. Needs no network."""
+"""`python docs/figures.py`: the figures of docs/method.md, from the demo's own models. Needs no network.
 
+`python docs/figures.py GEMMA`: the strip at the head of the README, too, cut by the tokenizer in that folder (`python -m
+bench.real_models` writes one) and by Qwen's, which a package of the tests brings.
+"""
+
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -11,10 +16,12 @@ from matplotlib import pyplot
 from matplotlib.patches import Rectangle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench import texts
 from simct import TokenizerPair
 from simct.demo import ASSETS
 
 IMAGES = Path(__file__).parent / "images"
+STRIP = "def unhappiness(values: list[float]) -> float:\n    return sum(values) / 1024  # naïve café"
 TEXT = "It is unnecessarily slow: 1024 bytes."
 SINGLE, LONGER = "#9ecae1", "#fdae6b"
 STUDENT, TEACHER = "#3182bd", "#e6550d"
@@ -27,6 +34,8 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     draw_units(pair)
     draw_candidates(pair, models)
+    if len(sys.argv) > 1:
+        draw_strip(AutoTokenizer.from_pretrained(sys.argv[1]), texts.qwen())
 
 
 def visible(piece: bytes | None) -> str:
@@ -65,6 +74,35 @@ def draw_units(pair: TokenizerPair) -> None:
     axis.spines[:].set_visible(False)
     axis.set_xlabel("a black line: a boundary that both have; blue: single units, orange: longer ones")
     figure.savefig(IMAGES / "units.png", dpi=130)
+    pyplot.close(figure)
+
+
+def draw_strip(student, teacher) -> None:
+    """Wide and low: the student's tokens above the teacher's, coloured as everywhere."""
+    cuts = TokenizerPair(student, teacher).cut(STRIP)
+    cuts = [cut for cut in cuts if None not in (*cut.student, *cut.teacher)]
+    gap, at = 0.25, 0.0
+    figure, axis = pyplot.subplots(figsize=(15, 0.85))
+    for cut in cuts:
+        single = len(cut.student) == len(cut.teacher) == 1
+        sides = [[visible(piece) for piece in pieces] for pieces in (cut.student, cut.teacher)]
+        width = max(sum(map(len, side)) + gap * (len(side) - 1) for side in sides)
+        for height, side in ((1, sides[0]), (0, sides[1])):
+            left, letters = at, sum(map(len, side))
+            share = (width - gap * (len(side) - 1)) / letters
+            for piece in side:
+                size = len(piece) * share
+                axis.add_patch(Rectangle((left, height + 0.06), size, 0.88, fc=SINGLE if single else LONGER, lw=0))
+                axis.text(left + size / 2, height + 0.47, piece, ha="center", va="center", size=10, family="monospace")
+                left += size + gap
+        at += width + 2 * gap
+    axis.set_xlim(0, at)
+    axis.set_ylim(0, 2)
+    axis.set_yticks([1.5, 0.5], ["Gemma", "Qwen"], size=11)
+    axis.tick_params(length=0)
+    axis.set_xticks([])
+    axis.spines[:].set_visible(False)
+    figure.savefig(IMAGES / "strip.png", dpi=110, bbox_inches="tight", pad_inches=0.03)
     pyplot.close(figure)
 
 

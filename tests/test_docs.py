@@ -1,13 +1,19 @@
 """The documentation builds, its links lead somewhere, its list of options is the code's, and the public types check."""
 
+import pkgutil
+import re
 import runpy
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 
 import pytest
 
 from bench.record import REPOSITORY
+from simct import SimCTConfig
+from simct.commands.train import RunArguments
+from simct.training.groups import GROUPS, HIDDEN
 
 BUILD = REPOSITORY / "docs" / "build.py"
 
@@ -15,7 +21,7 @@ BUILD = REPOSITORY / "docs" / "build.py"
 def test_options_are_those_of_the_code():
     page = runpy.run_path(str(BUILD))["options_page"]()
     assert (REPOSITORY / "docs" / "options.md").read_text(encoding="utf-8") == page, "run docs/build.py"
-    assert "| `beta` | `1.0` |" in page and page.count("\n## ") == 8
+    assert "| `beta` | `1.0` |" in page and page.count("\n## ") == 9
 
 
 def test_links_lead_somewhere(tmp_path):
@@ -27,6 +33,24 @@ def test_links_lead_somewhere(tmp_path):
         "b.md is not there",
         "a.md#three has no such heading",
     ]
+
+
+def test_the_walks_of_contributing_are_the_codes():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    walks = text[text.index("**Three walks**") : text.index("- New tokenizer family")]
+    names = re.findall(r"`(simct[\w.]*)`", walks)
+    assert len(names) >= 10
+    for name in names:
+        assert pkgutil.resolve_name(name) is not None
+
+
+def test_every_option_is_in_one_group():
+    own = [name for group in GROUPS.values() for name in group.own]
+    inherited = [name for group in GROUPS.values() for name in group.inherited]
+    assert len({*own, *inherited}) == len([*own, *inherited])
+    assert set(own) == {field.name for field in fields(RunArguments)} | set(SimCTConfig.__annotations__)
+    assert {*inherited, *HIDDEN} <= {field.name for field in fields(SimCTConfig)} - set(own)
+    assert not {*inherited} & {*HIDDEN}
 
 
 def test_api_reference_builds(tmp_path):

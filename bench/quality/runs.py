@@ -60,7 +60,7 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         config = SimCTConfig(
             output_dir=scratch, max_steps=plan.steps, per_device_train_batch_size=plan.prompts, learning_rate=rate, seed=seed,
-            max_new_tokens=plan.tokens, prompt_format="text", logging_steps=plan.log_every,
+            max_new_tokens=plan.tokens, prompt_format="text", logging_steps=plan.log_every, logging_first_step=False,
             per_device_eval_batch_size=256, save_strategy="no", use_cpu=True, disable_tqdm=True, report_to=[],
             **(chosen.options if chosen else {}),
         )  # fmt: skip

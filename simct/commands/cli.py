@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 from simct.commands import inspect as inspect_command
@@ -85,6 +86,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument(
         "--traceback", action="store_true", help="of an error, show also where in the code it came from"
     )
+    parser.add_argument("--version", action="version", version=f"simct {import_module('simct').__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     one = commands.add_parser("demo", help="distil a small teacher into a small student, offline, in two minutes")

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from simct.console import error_line, printable
 from simct.data.prompts import Prompt, prompt_of, render_prompt
 from simct.data.records import load_records, rows
+from simct.data.sources import JSONL, PARQUET
 from simct.inspection.tables import coverage_table, pair_table
 from simct.models.loading import NO_CODE, SOURCE, load_generation_config, load_tokenizer
 from simct.pairing.pair import TokenizerPair
@@ -38,7 +40,7 @@ class DryRun:
     memory: MemoryEstimate
     fits: bool
     changes: list[str] | None
-    steps: int
+    steps: int | None  # None: one pass over data that are not here
     tokens_per_step: int
 
 
@@ -49,6 +51,7 @@ def describe(
     *,
     recipe: Mapping[str, Any] | None = None,
     assume_memory_gb: float | None = None,
+    assume_prompt_tokens: int | None = None,
     peft_config=None,
 ) -> DryRun:
     """Prints what a run would be and whether its device has the memory for it.
@@ -58,6 +61,7 @@ def describe(
         config: the run's `SimCTConfig`.
         recipe: the options that a recipe or a configuration file set, to say where a value comes from.
         assume_memory_gb: the memory of the device that the run is meant for; that of this machine's if not given.
+        assume_prompt_tokens: where the data file is not here, prompts of so many student tokens are assumed; None: an error.
         peft_config: the adapter that the student is trained with, if any.
 
     Raises:
@@ -66,7 +70,12 @@ def describe(
     """
     if assume_memory_gb is not None and not 0 < assume_memory_gb < math.inf:
         raise ValueError(f"assume_memory_gb is {assume_memory_gb}: expected a number above 0")
-    records = load_records(run.data, split=run.data_split, streaming=run.streaming, on_bad_row=config.on_bad_row)
+    absent = (
+        assume_prompt_tokens is not None and Path(run.data).suffix in (*JSONL, *PARQUET) and not Path(run.data).exists()
+    )
+    records = None
+    if not absent:
+        records = load_records(run.data, split=run.data_split, streaming=run.streaming, on_bad_row=config.on_bad_row)
     student = meta_model(run.student, "student", {"dtype": torch.float32, **(config.model_init_kwargs or {})})
     dtype = torch.float32 if config.device.type == "cpu" and assume_memory_gb is None else torch.bfloat16
     teacher = None  # behind a server: its tokenizer alone is here
@@ -95,34 +104,46 @@ def describe(
 
     console.print(options_table(run, config, recipe or {}))
     console.print(pair_table(pair, *tokenizers))
-    first = records.take(MEASURED_PROMPTS) if run.streaming else records
-    prompts = [prompt_of(record) for record in itertools.islice(rows(first), MEASURED_PROMPTS)]
-    texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts[:COVERAGE_PROMPTS]]
-    console.print(coverage_table(pair.coverage(texts)), "of the first prompts' own text\n")
-
-    lengths = prompt_lengths(prompts, tokenizers[0], config)
+    if records is None:
+        lengths = [assume_prompt_tokens]
+    else:
+        first = records.take(MEASURED_PROMPTS) if run.streaming else records
+        prompts = [prompt_of(record) for record in itertools.islice(rows(first), MEASURED_PROMPTS)]
+        texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts[:COVERAGE_PROMPTS]]
+        console.print(coverage_table(pair.coverage(texts)), "of the first prompts' own text\n")
+        lengths = prompt_lengths(prompts, tokenizers[0], config)
     numbers = numbers_of(config, student, max(lengths), len(pair.shared), on_cpu=dtype == torch.float32)
     memory = estimate(student, teacher, **numbers)
     available = int(assume_memory_gb * 1e9) if assume_memory_gb else device_memory(config.device)
     console.print(memory_table(memory, available))
 
     prompts_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    number = None if run.streaming else len(records)
+    number = None if run.streaming or records is None else len(records)
     if run.streaming and config.max_steps <= 0:
         raise ValueError(f"max_steps is {config.max_steps}, but the data are streamed: expected a number of steps")
-    steps = config.max_steps if config.max_steps > 0 else _epoch_steps(number, prompts_per_step, config)
+    steps = config.max_steps if config.max_steps > 0 else None
+    if steps is None and number is not None:
+        steps = _epoch_steps(number, prompts_per_step, config)
     responses = prompts_per_step * _get(config, "num_generations", 1)
     tokens = responses * config.max_new_tokens
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     all_weights = sum(p.numel() for p in student.parameters())
-    said = "Streamed" if number is None else f"{number:,}"
+    said = (
+        f"{run.data} is not here: it is assumed to hold"
+        if records is None
+        else "Streamed"
+        if number is None
+        else f"{number:,}"
+    )
     console.print(
-        f"{said} prompts, of at most {max(lengths):,} student tokens; {steps:,} optimiser steps of {prompts_per_step:,} "
+        f"{said} prompts, of at most {max(lengths):,} student tokens; {'' if steps is None else f'{steps:,} '}optimiser steps of "
+        f"{prompts_per_step:,} "
         f"prompts and {responses:,} responses: at most {tokens:,} response tokens each. "
         f"{trained:,} of the student's {all_weights:,} weights are trained.",
         highlight=False,
     )
-    _warn_of_context(console, student, lengths, config.max_new_tokens)
+    if records is not None:
+        _warn_of_context(console, student, lengths, config.max_new_tokens)
     for note in _notes(config, student, teacher):
         console.print(note, style="yellow", markup=False, highlight=False)
 

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--whole", action="store_true", help="the text is one answer, blank lines and all")
     parser.add_argument("--html", type=Path, metavar="PAGE.html", help="also write one page, to look at in a browser")
     parser.add_argument("--max_tokens", type=int, help="student tokens that the page draws; 5,000 if not given")
+    parser.add_argument("--verbose", action="store_true", help="also print the shared vocabulary by script")
     parser.add_argument("--models", action="store_true", help="score the text with both models (folders with weights)")
     parser.add_argument("--prompt", help="--models: what both models read before each answer; nothing if not given")
     parser.add_argument(
@@ -50,8 +51,8 @@ def inspect(options: argparse.Namespace) -> None:
         pair, sides, answers = (_scored if options.models else _aligned)(options, texts)
         inspection = inspect_answers(pair, *sides, answers)
         advice = advise(inspection, pair, *sides, answers)
+    print_inspection(console, inspection, advice, verbose=options.verbose)
     console.print(pair_table(pair, *sides))
-    print_inspection(console, inspection, advice)
     if options.html is not None:
         most = MOST_TOKENS if options.max_tokens is None else options.max_tokens
         write_page(options.html, inspection, advice, note=_note(options), max_tokens=most)

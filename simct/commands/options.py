@@ -38,7 +38,8 @@ class OptionParser(HfArgumentParser):
         *found, rest = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
         if rest:
             raise UsageError(
-                f"unrecognized arguments: {shown_text(' '.join(rest))}{self._near(rest[0].lstrip('-').split('=')[0])}"
+                f"unrecognized arguments: {shown_text(' '.join(rest))}"
+                f"{self._near(rest[0].lstrip('-').split('=')[0], '--')}"
             )
         return tuple(found)
 
@@ -63,10 +64,10 @@ class OptionParser(HfArgumentParser):
             found[name] = value
         return found
 
-    def _near(self, name: str) -> str:
+    def _near(self, name: str, dashes: str = "") -> str:
         known = [action.dest for action in self._actions]
         close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-        return f" (did you mean {close[0]}?)" if close else ""
+        return f" (did you mean {dashes}{close[0]}?)" if close else ""
 
 
 def option_files(argv: list[str]) -> list[tuple[str, dict[str, Any]]]:

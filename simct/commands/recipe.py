@@ -11,6 +11,7 @@ import yaml
 from rich.table import Table
 
 FOLDER = Path(__file__).parent.parent / "recipes"
+OWN = "simct://"  # of a file in this package
 STEPS = ("answers", "sft", "distil", "distil-public", "eval")  # in the order of the work
 COMMANDS = {
     "answers": "simct answers",
@@ -54,10 +55,18 @@ def read_options(path: str | Path, kind: str = "recipe") -> dict[str, Any]:
         raise ValueError(f"{name} is not YAML: {error}") from None
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         raise ValueError(f"{name} holds {type(options).__name__}: expected a mapping of options")
+    options = {key: _ours(value) for key, value in options.items()}
     spelled = [key.replace("-", "_") for key in options]
     if twice := next((key for key in spelled if spelled.count(key) > 1), None):
         raise ValueError(f"{name}: option {twice!r} is there twice, with a dash and without")
     return options
+
+
+def _ours(value: Any) -> Any:
+    """A value with the path of a file that ships with this package, written `simct://demo/assets/student`."""
+    if isinstance(value, str) and value.startswith(OWN):
+        return str(FOLDER.parent / value.removeprefix(OWN))
+    return value
 
 
 def recipe_summary(path: str | Path) -> str:

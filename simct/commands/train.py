@@ -1,9 +1,16 @@
 """`simct train`: a run from the command line, its recipe, its dry run, its tables and curves."""
 
+import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from simct.console import before_work, console, printable
+
+FIRST_EVALUATION = "evaluation_before.json"  # in the output folder: what a resumed run compares with
+
+# Of a dry run, on a machine without the GPU or the data that the run is meant for.
+ASSUMED_GPU_GB, ASSUMED_PROMPT_TOKENS = 80, 512
 
 
 @dataclass
@@ -43,6 +50,14 @@ class RunArguments:
 
 def train(argv: list[str]) -> None:
     """`simct train --student S --teacher T --data DATA [--recipe NAME] [--config FILE.yaml] [any SimCTConfig option]`."""
+    from simct.commands.train_help import asked, help_text
+
+    if (topic := asked(argv)) is not None:
+        print(help_text(topic))
+        return
+
+    import torch
+
     from simct.commands.options import OptionParser
     from simct.data.prompts import prompt_of
     from simct.inspection.samples import SamplePages
@@ -52,6 +67,11 @@ def train(argv: list[str]) -> None:
     from simct.training.progress import ProgressBar
     from simct.training.trainer import SimCTTrainer
 
+    quiet_libraries()
+    here = torch.accelerator.is_available()
+    planned = not here and any(word.split("=")[0] in ("--dry_run", "--dry-run") for word in argv)  # for a GPU elsewhere
+    if planned:  # or bf16 would be refused
+        argv = [*argv, "--use_cpu", "true"]
     parser = OptionParser((RunArguments, SimCTConfig), prog="simct train", description=train.__doc__)
     with before_work():
         run, config, _ = parser.parse(argv)
@@ -59,6 +79,11 @@ def train(argv: list[str]) -> None:
         if run.merge_adapter and adapter is None:
             raise ValueError("merge_adapter is True, but there is no peft_config: expected an adapter to merge")
         if run.dry_run:
+            if planned and (config.bf16 or config.fp16) and run.assume_memory_gb is None:
+                run.assume_memory_gb = ASSUMED_GPU_GB
+                console.print(
+                    f"No GPU here: one of {ASSUMED_GPU_GB} GB is assumed (--assume_memory_gb).", highlight=False
+                )
             fits = dry_run(run, config, argv, adapter)
         else:
             records, held_out = read_data(run, config)
@@ -82,7 +107,10 @@ def train(argv: list[str]) -> None:
             prompts = (prompt_of(records[i]) for i in range(min(len(records), 200)))
             texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
             console.print(coverage_table(trainer.pair.coverage(texts)), "of the first prompts' own text\n")
-    before = evaluate(trainer) if held_out is not None and not resume else None
+        if resume:
+            console.print(f"resuming from {printable(resume)}", highlight=False, soft_wrap=True)
+    first = Path(config.output_dir) / FIRST_EVALUATION
+    before = first_evaluation(trainer, first, resume) if held_out is not None else None
     with bar:
         trainer.train(resume_from_checkpoint=resume)
     after = evaluate(trainer) if held_out is not None else None
@@ -150,8 +178,8 @@ def dry_run(run: RunArguments, config, argv: list[str], adapter) -> bool:
     given = {}
     for _, options in option_files(argv):
         given.update(options)
-    result = describe(run, config, console, recipe=given, assume_memory_gb=run.assume_memory_gb, peft_config=adapter)
-    return result.fits
+    assumed = dict(assume_memory_gb=run.assume_memory_gb, assume_prompt_tokens=ASSUMED_PROMPT_TOKENS)
+    return describe(run, config, console, recipe=given, peft_config=adapter, **assumed).fits
 
 
 def checkpoint(asked: str | None, folder: str) -> str | None:
@@ -164,6 +192,27 @@ def checkpoint(asked: str | None, folder: str) -> str | None:
     found = newest_complete(folder) if asked.lower() in ("latest", "true") else asked
     if found is None or not Path(found).is_dir():
         raise ValueError(f"resume_from_checkpoint is {asked!r}: there is no such checkpoint (output_dir {folder!r})")
+    return found
+
+
+def quiet_libraries() -> None:
+    """No bars of loading and writing, and nothing of kernels that a machine without a GPU does without."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def first_evaluation(trainer, path: Path, resume: str | None) -> dict[str, float] | None:
+    """The evaluation before the first step. A resumed run reads the one that was written then; None if there is none."""
+    if resume:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    found = evaluate(trainer)
+    if trainer.is_world_process_zero():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=2), encoding="utf-8")
     return found
 
 

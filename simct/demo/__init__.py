@@ -48,6 +48,7 @@ def run_demo(
         top_p=1.0,
         max_new_tokens=48,
         logging_steps=5,
+        logging_first_step=False,
         save_strategy="no",
         use_cpu=True,
         seed=seed,

@@ -7,7 +7,7 @@ from simct.console import printable, show_bytes
 from simct.inspection.report import Answer, Inspection
 from simct.pairing.pair import TokenizerPair
 
-MANY_LONGER = 0.15  # of the response tokens; the pairs of docs/evidence.md have 0.23 and more
+MANY_LONGER = 0.15  # of the response tokens; the pairs of docs/choosing-an-objective.md have 0.23 and more
 LENGTHS_DIFFER = 1.25  # tokens of one side to those of the other
 FEW_SHARED = 0.25  # of the student's vocabulary
 PROBE = "31415926535897932384"
@@ -90,8 +90,9 @@ def _digits(pair: TokenizerPair) -> Advice | None:
     if student < teacher:
         return Advice(
             "Digits are grouped differently: the student's are shorter",
-            f"{what} The student's `1` stands for 1, 12 and 123, the teacher's token of the same byte does not: a student of sums "
-            "may get worse, with SimCT and with `--units single`; `--objective escd` did not in docs/evidence.md.",
+            f"{what} The student's `1` stands for 1, 12 and 123, the teacher's token of the same byte does not: a student of "
+            "sums may get worse, with SimCT and with `--units single`; `--objective escd` did not in the "
+            "study (docs/choosing-an-objective.md).",
         )
     return Advice(
         "Digits are grouped differently: the student's are longer",
@@ -112,7 +113,7 @@ def _spaces(pair: TokenizerPair) -> Advice | None:
         "Words carry their space on different sides",
         f"The student's tokens hold the space {'behind' if behind['student'] else 'before'} a word, the teacher's the one "
         f"{'behind' if behind['teacher'] else 'before'} it. `--objective bpm` and `escd` collapsed on such a pair in "
-        "docs/evidence.md; `simct`, with `--units single` or without, did not.",
+        "the study (docs/choosing-an-objective.md); `simct`, with `--units single` or without, did not.",
     )
 
 
@@ -127,7 +128,7 @@ def _longer(inspection: Inspection) -> Advice | None:
     return Advice(
         f"{share:.0%} of the response tokens are in longer units",
         f"That much is lost with `--units single`.{cost} The student's own first token competes with the continuation that "
-        "holds it: `--candidates disjoint` is worth a run beside the default (docs/evidence.md). Watch "
+        "holds it: `--candidates disjoint` is worth a run beside the default (docs/choosing-an-objective.md). Watch "
         "`tokens/longer` in the log: a student also gets closer by avoiding such text.",
     )
 

@@ -25,13 +25,18 @@ HEAT = (
 )
 
 
-def print_inspection(console: Console, inspection: Inspection, advice: Sequence[Advice]) -> None:
-    """All of it but the pair's own table."""
-    for part in _parts(console, inspection, advice):
+def print_inspection(
+    console: Console, inspection: Inspection, advice: Sequence[Advice], *, verbose: bool = False
+) -> None:
+    """All of it but the pair's own table: what follows from the figures first; `verbose` with the vocabulary by script."""
+    for part in _parts(console, inspection, advice, verbose):
         console.print(part, soft_wrap=isinstance(part, Text))
 
 
-def _parts(console: Console, inspection: Inspection, advice: Sequence[Advice]) -> Iterator[RenderableType]:
+def _parts(
+    console: Console, inspection: Inspection, advice: Sequence[Advice], verbose: bool
+) -> Iterator[RenderableType]:
+    yield _advice(advice)
     yield coverage_table(inspection.coverage)
     yield _cut(inspection, console.width)
     if largest := inspection.largest(8):
@@ -40,8 +45,8 @@ def _parts(console: Console, inspection: Inspection, advice: Sequence[Advice]) -
         yield _ranking("Costliest units", inspection.costliest(8), True)
     if dropped := inspection.dropped():
         yield _dropped(dropped, inspection.tokens())
-    yield _scripts(inspection)
-    yield _advice(advice)
+    if verbose:
+        yield _scripts(inspection)
 
 
 def _show(token: Token) -> str:

@@ -5,7 +5,7 @@ Other trainers hold `[B, T]` ids and masks, padded on the left, on the right, or
 and `AlignedUnits` over them:
 
     ours = PaddedBatch(input_ids, response_mask, attention_mask)
-    theirs = PaddedBatch(teacher_ids, teacher_response_mask, teacher_attention_mask)
+    theirs = ours.for_teacher(pair, teacher_prompts)  # ids of the prompts, as the teacher reads them
     packed = padded_to_packed(pair, ours, student_hidden, theirs, teacher_hidden)
     loss = linear_simct_loss(packed.student_hidden, LMHead.from_model(student), packed.teacher_hidden, LMHead.from_model(teacher),
                              packed.units, shared)
@@ -29,7 +29,9 @@ from simct.pairing.pair import Alignment, TokenizerPair
 class PaddedBatch:
     """One model's token ids, padded, and which of them are the response: one to a row of the batch, without gaps, or none.
 
-    The masks are bool or 0 and 1. Without an `attention_mask` a response that begins right after padding goes unseen.
+    The masks are bool or 0 and 1. Without an `attention_mask` every position counts as read: right where nothing is padded, and
+    where padding stands only on the right of the responses, which causal attention does not see. Prompts that are padded on the
+    left need one: without it the model would read the padding, and a response that begins right after padding would not be refused.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, a mask with other values, no response in the whole batch, a
     response with gaps, response tokens that are padding, or a response that nothing predicts, as no token is before it. The checks
@@ -128,6 +130,29 @@ class PaddedBatch:
             torch.cat([torch.zeros_like(prompt), response], dim=1),
             torch.cat([prompt, response], dim=1),
         )
+
+    def for_teacher(self, pair: TokenizerPair, prompts: Sequence[Sequence[int]], *, pad_id: int = 0) -> "PaddedBatch":
+        """The teacher's side of this batch, a student's: its own prompts, each followed by the same response in its tokens, padded
+        on the right with `pad_id`, on this batch's device.
+
+        Args:
+            prompts: the teacher's ids for each row's prompt, in its own chat template where it has one: at least one token each.
+        Raises:
+            ValueError: not one prompt to each row, a prompt without a token before a response, ids outside a vocabulary.
+        """
+        theirs = PaddedBatch.build(prompts, pair.encode_teacher(self.responses), pad_id=pad_id)
+        return theirs.to(self.input_ids.device)
+
+    def to(self, device: torch.device | str) -> "PaddedBatch":
+        """The same batch on a device."""
+        read = None if self.attention_mask is None else self.attention_mask.to(device)
+        return PaddedBatch(self.input_ids.to(device), self.response_mask.to(device), read)
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model is called with: `input_ids`, and `attention_mask` where there is one."""
+        read = {} if self.attention_mask is None else {"attention_mask": self.attention_mask}
+        return {"input_ids": self.input_ids, **read}
 
     def hidden_rows(self, hidden_states: Tensor) -> Tensor:
         """The rows [N, H] that predict the response tokens, with gradient.

@@ -4,6 +4,8 @@ import contextlib
 
 from transformers import TrainerCallback
 
+from simct.training.recorder import FIRST_STEPS
+
 
 class AroundSteps(TrainerCallback):
     """Starts the first logging window where training starts (the step is known by then, also of a resumed run), and times the
@@ -23,3 +25,8 @@ class AroundSteps(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self._open.close()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """The Trainer's own flow logs the first step alone, of `logging_first_step`'s ten."""
+        if args.logging_strategy == "steps" and args.logging_first_step and state.global_step <= FIRST_STEPS:
+            control.should_log = True

@@ -65,6 +65,8 @@ class SimCTConfig(TrainingArguments):
     learning_rate: float = option(1e-6, "Peak learning rate.")
     lr_scheduler_type: str = option("cosine", "Learning-rate schedule.")
     warmup_steps: float = option(0.05, "Warm-up: a number of steps, or below 1 a share of the run.")
+    logging_steps: float = option(10, "Steps from one log to the next.")
+    logging_first_step: bool = option(True, "Log the first ten steps, each: a new run should be seen.")
     remove_unused_columns: bool = option(False, "Leave off: prompts are rendered by the trainer.")
     logging_nan_inf_filter: bool = option(False, "Leave off: a NaN loss should be seen.")
 

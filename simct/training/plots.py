@@ -30,7 +30,7 @@ def evaluation_table(before: dict[str, float], after: dict[str, float]) -> Table
 
 
 def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
-    """A PNG of the run's logged metrics; panels without values stay empty."""
+    """A PNG of the run's logged metrics; panels without values are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -44,22 +44,26 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
         "responses": ["response/ended", "response/whitespace"],
         "student entropy, nats per token": ["response/entropy"],
     }
-    figure, axes = plt.subplots(2, 3, figsize=(15, 7), layout="constrained")
-    for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
+    logged = {name for row in log_history for name in row}
+    panels = {title: names for title, names in panels.items() if logged.intersection(names)}
+    columns, lines = min(3, max(1, len(panels))), max(1, -(-len(panels) // 3))
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3.5 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
         for name in names:
             points = [(row["step"], row[name]) for row in log_history if name in row]
             if not points:
                 continue
             steps, values = zip(*points, strict=True)
             style = "o" if name.startswith("eval_") else "-"
-            axis.plot(steps, values, style, label=name)
+            axis.plot(steps, values, "o-" if len(points) == 1 else style, label=name)
             if name == "eval_reverse_kl_per_byte":
                 errors = [row[f"{name}_stderr"] for row in log_history if name in row]
                 axis.errorbar(steps, values, yerr=errors, fmt="none", ecolor="gray", capsize=3)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        if axis.has_data():
-            axis.legend()
+        axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -22,6 +22,8 @@ from simct_kernels import (
     topk_candidate_counts,
 )
 
+FIRST_STEPS = 10  # logged one by one with `logging_first_step`
+
 
 class Recorder:
     """Ratios and phases of one logging window. `flush` gathers them from all processes: every process must call it."""
@@ -39,7 +41,7 @@ class Recorder:
         if self.args.logging_strategy != "steps":
             return self.args.logging_strategy != "no"
         step = state.global_step + 1
-        return step % state.logging_steps == 0 or (self.args.logging_first_step and step == 1)
+        return step % state.logging_steps == 0 or (self.args.logging_first_step and step <= FIRST_STEPS)
 
     # ---- Time ----
 

@@ -37,8 +37,8 @@ def wide_terminal(monkeypatch, tmp_path):
 
 @pytest.fixture
 def simct(capsys):
-    def run(*arguments, code: int = 0) -> str:
-        if code:
+    def run(*arguments, code: int = 0, ends: bool = False) -> str:
+        if code or ends:
             with pytest.raises(SystemExit) as end:
                 main([str(word) for word in arguments])
             assert end.value.code == code
@@ -109,6 +109,41 @@ def test_train_with_held_out_prompts(simct, tmp_path, data):
 
 
 @pytest.mark.usefixtures("without_pictures")
+def test_a_run_as_it_comes(simct, tmp_path, data):
+    """Its first steps are logged, and a resumed one says from where and compares with the evaluation before the first step."""
+    options = [
+        "--recipe",
+        "demo/distil",
+        "--output_dir",
+        "run",
+        "--data",
+        data,
+        "--eval_prompts",
+        4,
+        "--max_new_tokens",
+        8,
+    ]
+    saving = ["--per_device_train_batch_size", 2, "--save_strategy", "steps", "--save_steps", 1]
+    first = simct("train", *options, *saving, "--max_steps", 2)
+    assert "step    1  loss " in first and "step    2  loss " in first
+    before = json.loads((tmp_path / "run" / "evaluation_before.json").read_text())
+    resumed = simct("train", *options, *saving, "--max_steps", 3, "--resume_from_checkpoint", "latest")
+    assert "resuming from run/checkpoint-2" in resumed and "Held-out prompts (4 before, 4 after)" in resumed
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert history[0] == {"step": 0, **before}
+    assert [row["step"] for row in history if "loss" in row] == [1, 2, 3]
+
+
+def test_a_dry_run_needs_neither_the_data_nor_the_device(simct, tmp_path):
+    recipe = ["--recipe", "demo/distil", "--data", "nowhere.jsonl", "--bf16", "--max_steps", 7, "--dry_run"]
+    output = " ".join(simct("train", *recipe, code=0, ends=True).split())
+    assert (
+        "nowhere.jsonl is not here: it is assumed to hold prompts, of at most 512 student tokens; 7 optimiser" in output
+    )
+    assert "80.0 GB" in output or torch.accelerator.is_available()
+    assert "It fits" in output and not (tmp_path / "runs").exists()
+
+
 def test_train_from_a_yaml_file_with_the_command_line_on_top(simct, tmp_path, data):
     (tmp_path / "run.yaml").write_text(
         f"student: {STUDENT}\nteacher: {TEACHER}\ndata: {data}\noutput_dir: {tmp_path / 'yaml'}\nmax_steps: 5\nbeta: 0.5\n"
@@ -127,7 +162,10 @@ def test_inspect(simct, tmp_path):
     output = simct("inspect", STUDENT, TEACHER, "--text", "text.txt")
     assert "shared vocabulary" in output and "2 texts" in output and "SimpleOPD by bytes" in output
     assert "100.0%" not in next(line for line in output.splitlines() if "SimpleOPD, public code" in line)
-    assert "SimCT by bytes" in simct("inspect", STUDENT, TEACHER)
+    assert output.index("What follows from the figures") < output.index("SimpleOPD by bytes")
+    assert "by script" not in output
+    verbose = simct("inspect", STUDENT, TEACHER, "--verbose")
+    assert "SimCT by bytes" in verbose and "Shared vocabulary by script" in verbose
 
 
 def test_train_an_adapter_on_parquet_with_graded_answers(simct, tmp_path, data):

@@ -42,7 +42,7 @@ def parse(tmp_path, text="", *words):
         (["--chat_template_kwargs", "on"], "chat_template_kwargs is 'on'"),
         (["--teacher_server_kwargs", "4"], "teacher_server_kwargs is '4'"),
         (["--lr_scheduler_kwargs", "[1]"], "lr_scheduler_kwargs is '[1]'"),
-        (["--bta", "0.5"], "unrecognized arguments: --bta 0.5 (did you mean beta?)"),
+        (["--bta", "0.5"], "unrecognized arguments: --bta 0.5 (did you mean --beta?)"),
         (["--beta", "half"], "argument --beta: invalid float value: 'half'"),
         (["--config"], "argument --config: expected one argument"),
     ],

@@ -163,3 +163,19 @@ def test_batches_that_cannot_be_packed(change, message):
     assert PaddedBatch(**good).responses == [[1, 1], [1, 1]]
     with pytest.raises(ValueError, match=message):
         PaddedBatch(**{**good, **change})
+
+
+def test_the_teachers_side_of_a_batch(pair, sides, demo_tokenizers):
+    """The same responses behind the teacher's own prompts, ends of turn included; a batch says what a model is called with."""
+    (prompts, responses), (teacher_prompts, teacher_responses) = sides
+    ours = PaddedBatch.build(prompts, responses)
+    theirs = ours.for_teacher(pair, teacher_prompts, pad_id=7)
+    assert theirs.responses == teacher_responses
+    expected = PaddedBatch.build(teacher_prompts, teacher_responses, pad_id=7)
+    for name in "input_ids", "response_mask", "attention_mask", "rows":
+        assert torch.equal(getattr(theirs, name), getattr(expected, name)), name
+    assert set(theirs.inputs) == {"input_ids", "attention_mask"}
+    bare = PaddedBatch(ours.input_ids, ours.response_mask)
+    assert set(bare.inputs) == {"input_ids"} and bare.to("cpu").attention_mask is None
+    with pytest.raises(ValueError, match="expected one response to each prompt"):
+        ours.for_teacher(pair, teacher_prompts[1:])

@@ -117,7 +117,7 @@ def test_metrics_are_complete_and_consistent(tmp_path):
 
 
 def test_statistics_over_the_vocabulary_are_measured_only_when_logged(tmp_path):
-    trainer = trained(tmp_path, max_steps=4, logging_steps=2)
+    trainer = trained(tmp_path, max_steps=4, logging_steps=2, logging_first_step=False)
     assert [row["step"] for row in logs(trainer)] == [2, 4]
     assert all("response/entropy" in row for row in logs(trainer))
 
@@ -136,7 +136,7 @@ def test_only_what_is_logged_is_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Recorder, "will_log", ask)
     monkeypatch.setattr(Recorder, "distributions", measure)
-    trained(tmp_path, max_steps=4, logging_steps=2)
+    trained(tmp_path, max_steps=4, logging_steps=2, logging_first_step=False)
     assert asked == [(0, False), (1, True), (2, False), (3, True)]
     assert measured == [1, 3]
 

@@ -1,0 +1,65 @@
+"""What a command says of itself: `simct train --help` on one page, by subject, and without the wait for PyTorch."""
+
+import subprocess
+import sys
+
+import pytest
+
+import simct
+from simct import SimCTConfig
+from simct.commands.options import OptionParser
+from simct.commands.train import RunArguments
+from simct.training.groups import FIRST, GROUPS, HIDDEN
+
+
+def test_help_does_not_wait_for_pytorch():
+    program = (
+        "import sys\n"
+        "from simct.commands.cli import main\n"
+        "for words in ['--help'], ['--version'], ['train', '--help'], ['inspect', '--help'], ['recipes']:\n"
+        "    try:\n"
+        "        main(words)\n"
+        "    except SystemExit as end:\n"
+        "        assert not end.code\n"
+        "print('slow:', [name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("slow: []\n") and f"simct {simct.__version__}" in done.stdout
+
+
+def test_the_first_page(ended):
+    result = ended("train", "--help")
+    lines = result.out.splitlines()
+    assert result.code == 0 and len(lines) <= 60 and max(map(len, lines)) <= 100
+    assert lines[0].startswith("usage: simct train ")
+    options = {action.dest for action in OptionParser((RunArguments, SimCTConfig), prog="simct train")._actions}
+    for name, _, text in FIRST:
+        assert name in options and any(line.startswith(f"  --{name}") and text in line for line in lines)
+    for name in (*GROUPS, "transformers"):
+        assert any(line.startswith(f"  {name} ") for line in lines)
+    assert not result.err
+
+
+def test_a_page_of_each_subject(ended):
+    for name, group in GROUPS.items():
+        lines = ended("train", f"--help={name}").out.splitlines()
+        shown = [line.split()[0].removeprefix("--") for line in lines if line.startswith("  --")]
+        assert shown == [*group.own, *group.inherited]
+    everything = ended("train", "--help", "all").out
+    shown = [line.split()[0].removeprefix("--") for line in everything.splitlines() if line.startswith("  --")]
+    assert len(shown) == len(set(shown)) > 150 and not set(HIDDEN) & set(shown)
+    assert not any("-" in name for name in shown)
+    assert "Divergence: 1 reverse KL" in everything
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--help", "objectives"], "--help is 'objectives': expected one of data, rollouts, objective, "),
+        (["--bets", "0.5"], "(did you mean --beta?)"),
+    ],
+)
+def test_what_does_not_exist_is_said_in_one_line(ended, words, message):
+    result = ended("train", "--student", "s", "--teacher", "t", "--data", "d", *words)
+    assert result.code == 2 and message in result.error
