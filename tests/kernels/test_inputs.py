@@ -228,7 +228,7 @@ def test_disjoint_without_a_continuation_needs_no_list():
 
 def test_import_needs_torch_only():
     """Of what else the package is installed with, nothing: the PyTorch backend's loss runs, forward and backward."""
-    others = ["numpy", "simct", "triton", "transformers", "accelerate", "datasets", "yaml", "rich", "matplotlib", "peft"]
+    others = "numpy simct triton transformers accelerate datasets yaml rich matplotlib peft".split()
     code = f"""
         import sys, warnings
         sys.modules.update(dict.fromkeys({others}))  # importing one of them fails, as where it is not installed
