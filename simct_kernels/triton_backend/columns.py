@@ -60,5 +60,7 @@ def columns_of(
         host = on_host(ids)
         first = host[0].tolist() if (host.diff() == 1).all().tolist() else None
         columns = to_device(repeat_last(host.int()), ids.device)
-        _kept[ids] = Columns(None if first == 0 else columns, padded_ids(ids), first, host)
+        # Not the ids themselves: an entry that held its own key would never go.
+        held = padded_ids(ids).detach(), first, host.detach()
+        _kept[ids] = Columns(None if first == 0 else columns, *held)
     return _kept[ids]
