@@ -72,6 +72,9 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        leaves = [leaf for leaf in tree_leaves((args, kwargs, out)) if _is(leaf)]
+        if leaves and all(leaf.device.type == "cpu" for leaf in leaves):
+            return out  # a plan is made on the CPU: the device has no part in it
         name = func.overloadpacket.__name__
         self._hold(out, (args, kwargs))
         self.waits += name in _WAITS

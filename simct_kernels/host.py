@@ -1,4 +1,4 @@
-"""What tensors on a GPU hold, kept on the CPU in numpy, so that a plan can read indices without waiting for the device.
+"""What tensors on a GPU hold, kept on the CPU, so that a plan can read indices without waiting for the device.
 
 A tensor that comes from the CPU keeps what it held there, one that was made on the GPU is fetched once. That lives as long as
 the tensor, which must not be changed in place: units and shared vocabularies are not.
@@ -6,7 +6,6 @@ the tensor, which must not be changed in place: units and shared vocabularies ar
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -14,18 +13,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _KEPT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def on_host(tensor: Tensor) -> np.ndarray:
-    """The tensor's elements. Waits for a GPU once, where the tensor was made there."""
+def on_host(tensor: Tensor) -> Tensor:
+    """The tensor's elements, on the CPU. Waits for a GPU once, where the tensor was made there."""
     if tensor.device.type == "cpu":
-        return tensor.numpy()
+        return tensor
     if tensor not in _KEPT:
-        keep_on_host(tensor, tensor.cpu().numpy())
+        keep_on_host(tensor, tensor.cpu())
     return _KEPT[tensor]
 
 
-def keep_on_host(tensor: Tensor, array: np.ndarray) -> Tensor:
-    """The tensor, of which `on_host` will give `array`."""
-    _KEPT[tensor] = array
+def keep_on_host(tensor: Tensor, elements: Tensor) -> Tensor:
+    """The tensor, of which `on_host` will give `elements`, which are on the CPU."""
+    _KEPT[tensor] = elements
     return tensor
 
 
@@ -38,7 +37,7 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
         moved = tensor.to(device)
     if moved is not tensor and device.type != "cpu" and not tensor.is_floating_point():
         if tensor.device.type == "cpu":
-            keep_on_host(moved, tensor.numpy())
+            keep_on_host(moved, tensor)
         elif tensor in _KEPT:
             keep_on_host(moved, _KEPT[tensor])
     return moved

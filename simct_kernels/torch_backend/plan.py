@@ -6,12 +6,11 @@ either the K shared columns only or whole rows. A chunk holds no more elements o
 
 from __future__ import annotations
 
-import itertools
+import bisect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -118,7 +117,7 @@ def plan_chunks(
     teacher_always_whole: bool = False,
     merges: bool = False,  # whether a kind of few rows joins the one that reads whole rows on both sides
 ) -> list[Chunk]:
-    """Sorts the units by the way they read and cuts each kind into chunks, in numpy, and copies the result once.
+    """Sorts the units by the way they read and cuts each kind into chunks, on the CPU, and copies the result once.
 
     Never waits for a device, but for units or a vocabulary that were made on it. The last plan of some units is kept.
     """
@@ -132,8 +131,8 @@ def plan_chunks(
     if kept is not None and kept[0] == key and all(a is b for a, b in zip(kept[1], sources, strict=True)):
         return kept[2]
 
-    host = {name: _numpy(getattr(units, name)) for name in ("student_start", *_UNIT_FIELDS[:-1])}
-    has_continuation = _has_continuation(host, _numpy(shared.student_ids), _numpy(shared.teacher_ids))
+    host = {name: on_host(getattr(units, name)) for name in ("student_start", *_UNIT_FIELDS[:-1])}
+    has_continuation = _has_continuation(host, on_host(shared.student_ids), on_host(shared.teacher_ids))
     # A side whose realisation is one token scores its continuation on the row of its shared candidates: the row's
     # log-sum-exp is then one constant for all candidates and cancels, as it does in a single unit.
     lengthy = has_continuation & options.normalises
@@ -142,29 +141,30 @@ def plan_chunks(
     kind = has_continuation * 4 + student_whole * 2 + teacher_whole
     if merges and options.normalises:
         kind = _merge(kind, host["teacher_length"], device)
-    order = kind.argsort(kind="stable")
-    codes, begins = np.unique(kind[order], return_index=True)
+    order = kind.argsort(stable=True)
+    codes, counts = (found.tolist() for found in kind[order].unique_consecutive(return_counts=True))
 
-    cuts = [np.zeros(1, np.int64)]
-    for code, begin, end in zip(codes, begins, [*begins[1:], len(order)], strict=True):
-        members = order[begin:end]
+    cuts = [0]
+    for code, count in zip(codes, counts, strict=True):
+        begin = cuts[-1]
+        members = order[begin : begin + count]
         widths = student_columns if code & 2 else shared_width, teacher_columns if code & 1 else shared_width
-        costs = [(np.ones(len(members), np.int64), _limit(shared_width, widths, chunk_rows, device))]
+        costs = [(torch.ones_like(members), _limit(shared_width, widths, chunk_rows, device))]
         if code & 2:
             costs.append((host["student_length"][members], _limit(student_columns, widths, chunk_rows, device)))
         if code & 1:
             costs.append((host["teacher_length"][members], _limit(teacher_columns, widths, chunk_rows, device)))
-        cuts.append(begin + _cut(costs, 1 if device.type == "cpu" else ROW_TILE, chunk_rows == "auto"))
-    cuts = np.concatenate(cuts)
+        tile = 1 if device.type == "cpu" else ROW_TILE
+        cuts += [begin + cut for cut in _cut(costs, tile, chunk_rows == "auto")]
+    cuts = torch.tensor(cuts, dtype=torch.int64, device="cpu")
 
     packed = _Packed()
     sides = [_split_side(packed, *(host[f"{side}_{name}"] for name in _SIDE_FIELDS), order, cuts) for side in _SIDES]
-    members = [packed.add(order[begin:end]) for begin, end in itertools.pairwise(cuts)]
+    members = [packed.add(part) for part in order.split(cuts.diff().tolist())]
     left_out = _split_left_out(packed, units, options, order, cuts)
     read = packed.read(device)
     chunks = []
-    for number, begin in enumerate(cuts[:-1]):
-        code = int(kind[order[begin]])
+    for number, code in enumerate(kind[order[cuts[:-1]]].tolist()):
         student, teacher = (
             Part(*(read(place) for place in side[number]), whole=bool(code & bit))
             for side, bit in zip(sides, (2, 1), strict=True)
@@ -181,28 +181,28 @@ _UNIT_FIELDS = ("student_length", "teacher_start", "teacher_length", "student_to
 _KEPT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return on_host(tensor)
-
-
-def _has_continuation(host: dict[str, np.ndarray], student_ids: np.ndarray, teacher_ids: np.ndarray) -> np.ndarray:
+def _has_continuation(host: dict[str, Tensor], student_ids: Tensor, teacher_ids: Tensor) -> Tensor:
     """As `AlignedUnits.has_continuation`."""
     student_token = host["student_tokens"][host["student_start"]]
-    index = np.searchsorted(student_ids, student_token).clip(max=len(student_ids) - 1)
+    index = torch.searchsorted(student_ids.contiguous(), student_token).clamp(max=len(student_ids) - 1)
     is_shared = student_ids[index] == student_token
     is_shared &= teacher_ids[index] == host["teacher_tokens"][host["teacher_start"]]
     return ~(is_shared & (host["student_length"] == 1) & (host["teacher_length"] == 1))
 
 
-def _merge(kind: np.ndarray, teacher_length: np.ndarray, device: torch.device) -> np.ndarray:
+def _merge(kind: Tensor, teacher_length: Tensor, device: torch.device) -> Tensor:
     """Kinds with a continuation and too few rows to be worth a pass over both heads read whole rows on both sides."""
     student_least, teacher_least = MERGE_ROWS.get(device.type, MERGE_ROWS_ELSEWHERE)
-    small = [code for code in (4, 5) if 0 < np.count_nonzero(kind == code) < student_least]
-    if 0 < teacher_length[kind == 6].sum() < teacher_least:
-        small.append(6)
-    small = np.isin(kind, small)
-    alone = len(np.unique(kind[kind >= 4])) < 2
-    return kind if alone else np.where(small, 7, kind)
+    counts = kind.bincount(minlength=8).tolist()
+    if sum(count > 0 for count in counts[4:]) < 2:
+        return kind
+    read_as = list(range(8))
+    for code in (4, 5):
+        if counts[code] < student_least:
+            read_as[code] = 7
+    if teacher_length[kind == 6].sum().tolist() < teacher_least:
+        read_as[6] = 7
+    return torch.tensor(read_as, dtype=torch.int64, device="cpu")[kind]
 
 
 def _limit(width: int, widths: tuple[int, int], chunk_rows: int | str, device: torch.device) -> int:
@@ -215,13 +215,13 @@ def _limit(width: int, widths: tuple[int, int], chunk_rows: int | str, device: t
     return rows // ROW_TILE * ROW_TILE or rows
 
 
-def _cut(costs: list[tuple[np.ndarray, int]], tile: int, soft: bool) -> np.ndarray:
+def _cut(costs: list[tuple[Tensor, int]], tile: int, soft: bool) -> list[int]:
     """Where chunks of units end, for costs [g] of a unit and the limit that a chunk's sum of each keeps (but for one unit).
 
     As few chunks as the limits allow, as even as tiles allow: a last chunk of few rows would be as slow as a full one.
     `soft` limits are passed by less than a tile where that spares a chunk.
     """
-    sums = [np.concatenate([[0], cost.cumsum()]) for cost, _ in costs]
+    sums = [[0, *cost.cumsum(0).tolist()] for cost, _ in costs]
     number = max(math.ceil(total[-1] / limit) for total, (_, limit) in zip(sums, costs, strict=True))
     heights = [
         min(limit, math.ceil(math.ceil(total[-1] / number) / tile) * tile)
@@ -231,78 +231,78 @@ def _cut(costs: list[tuple[np.ndarray, int]], tile: int, soft: bool) -> np.ndarr
     if soft and len(cuts) > number:
         fewer = _fill(sums, [height + max(1, min(tile // 2, height // 8)) for height in heights])
         cuts = min(cuts, fewer, key=len)
-    return np.array(cuts)
+    return cuts
 
 
-def _fill(sums: list[np.ndarray], heights: list[int]) -> list[int]:
+def _fill(sums: list[list[int]], heights: list[int]) -> list[int]:
     cuts, begin, count = [], 0, len(sums[0]) - 1
     while begin < count:
-        ends = (int(np.searchsorted(s, s[begin] + h, side="right")) - 1 for s, h in zip(sums, heights, strict=True))
+        ends = (bisect.bisect_right(s, s[begin] + h) - 1 for s, h in zip(sums, heights, strict=True))
         begin = max(begin + 1, min(ends))
         cuts.append(begin)
     return cuts
 
 
 class _Packed:
-    """Many int64 arrays that travel to a device as one."""
+    """Many int64 vectors on the CPU that travel to a device as one."""
 
-    # Elements: so that each array begins at a multiple of 256 bytes, as tensors of their own would.
+    # Elements: so that each vector begins at a multiple of 256 bytes, as tensors of their own would.
     _ALIGNMENT = 32
 
     def __init__(self) -> None:
-        self._arrays: list[np.ndarray] = []
+        self._parts: list[Tensor] = []
+        self._padding = torch.zeros(self._ALIGNMENT, dtype=torch.int64, device="cpu")
         self._end = 0
 
-    def add(self, array: np.ndarray) -> slice:
-        place = slice(self._end, self._end + len(array))
-        padding = -len(array) % self._ALIGNMENT
-        self._arrays += [array, np.zeros(padding, np.int64)]
+    def add(self, part: Tensor) -> slice:
+        place = slice(self._end, self._end + len(part))
+        padding = -len(part) % self._ALIGNMENT
+        self._parts += [part, self._padding[:padding]]
         self._end = place.stop + padding
         return place
 
     def read(self, device: torch.device) -> Callable[[slice], Tensor]:
-        """What gives the array at a place that `add` returned, on the device."""
-        return to_device(torch.from_numpy(np.concatenate(self._arrays)), device).__getitem__
+        """What gives the vector at a place that `add` returned, on the device."""
+        return to_device(torch.cat(self._parts), device).__getitem__
 
 
 def _split_side(
-    packed: _Packed, start: np.ndarray, length: np.ndarray, tokens: np.ndarray, order: np.ndarray, cuts: np.ndarray
+    packed: _Packed, start: Tensor, length: Tensor, tokens: Tensor, order: Tensor, cuts: Tensor
 ) -> list[list[slice]]:
     """Each chunk's fields of Part on one side."""
     start, length = start[order], length[order]
-    first = np.concatenate([[0], length.cumsum()])
-    unit = np.repeat(np.arange(len(order)), length)
-    rows = (start - first[:-1])[unit] + np.arange(len(unit))
-    tokens = tokens[rows]
-    parts = []
-    for begin, end in itertools.pairwise(cuts):
-        inside = slice(first[begin], first[end])
-        fields = (
-            rows[inside],
-            tokens[inside],
-            first[begin:end] - first[begin],
-            start[begin:end],
-            unit[inside] - begin,
-            length[begin:end],
-        )
-        parts.append([packed.add(field) for field in fields])
-    return parts
+    end = length.cumsum(0)
+    first = end - length
+    unit = torch.arange(len(order), dtype=torch.int64, device="cpu").repeat_interleave(length)
+    rows = (start - first)[unit] + torch.arange(len(unit), dtype=torch.int64, device="cpu")
+    begin, units = _chunk_begins(cuts), cuts.diff().tolist()
+    inside = (end[cuts[1:] - 1] - first[cuts[:-1]]).tolist()
+    fields = (
+        rows.split(inside),
+        tokens[rows].split(inside),
+        (first - first[begin]).split(units),
+        start.split(units),
+        (unit - begin[unit]).split(inside),
+        length.split(units),
+    )
+    return [[packed.add(field) for field in part] for part in zip(*fields, strict=True)]
+
+
+def _chunk_begins(cuts: Tensor) -> Tensor:
+    """int64 [G], the place in the order at which each unit's chunk begins."""
+    return cuts[:-1].repeat_interleave(cuts.diff())
 
 
 def _split_left_out(
-    packed: _Packed, units: AlignedUnits, options: LossOptions, order: np.ndarray, cuts: np.ndarray
+    packed: _Packed, units: AlignedUnits, options: LossOptions, order: Tensor, cuts: Tensor
 ) -> list[slice] | None:
     """Each chunk's share of `units.left_out`, its units counted in the chunk."""
     if options.candidates != "disjoint" or units.left_out is None:
         return None
-    left_out = _numpy(units.left_out)
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    unit = place[left_out[:, 0]]
-    by_unit = unit.argsort(kind="stable")
-    unit, index = unit[by_unit], left_out[by_unit, 1]
-    bounds = np.searchsorted(unit, cuts)
-    return [
-        packed.add(np.stack([unit[begin:end] - cut, index[begin:end]], axis=1).reshape(-1))
-        for cut, (begin, end) in zip(cuts, itertools.pairwise(bounds), strict=False)
-    ]
+    left_out = on_host(units.left_out)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), dtype=torch.int64, device="cpu")
+    unit, by_unit = place[left_out[:, 0]].sort(stable=True)
+    listed = torch.stack([unit - _chunk_begins(cuts)[unit], left_out[by_unit, 1]], dim=1)
+    sizes = torch.searchsorted(unit, cuts).diff().tolist()
+    return [packed.add(part.reshape(-1)) for part in listed.split(sizes)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -242,9 +241,13 @@ def padded_ids(ids: Tensor) -> Tensor:
     if len(ids) % PAD == 0:
         return ids
     if ids not in _PADDED:
-        padded = np.pad(on_host(ids), (0, -len(ids) % PAD), mode="edge")
-        _PADDED[ids] = to_device(torch.from_numpy(padded), ids.device)
+        _PADDED[ids] = to_device(repeat_last(on_host(ids)), ids.device)
     return _PADDED[ids]
+
+
+def repeat_last(ids: Tensor) -> Tensor:
+    """[K'], the ids [K], the last one repeated to a multiple of PAD."""
+    return torch.cat([ids, ids[-1:].expand(-len(ids) % PAD)])
 
 
 def padded(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from simct_kernels.host import on_host, to_device
-from simct_kernels.torch_backend.rows import PAD, padded_ids
+from simct_kernels.torch_backend.rows import padded_ids, repeat_last
 
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -23,7 +22,7 @@ class Columns:
     ids: Tensor | None  # int32 [K'], as `padded`; None where shared token k is column k
     padded: Tensor  # int64 [K'], the ids, the last one repeated: see padded_ids
     first: int | None  # the first of ids that are consecutive
-    host_ids: np.ndarray  # int64 [K], on the CPU
+    host_ids: Tensor  # int64 [K], on the CPU
     _index: dict[int, Tensor] = field(default_factory=dict)
     _rest: dict[int, Tensor] = field(default_factory=dict)
 
@@ -32,7 +31,7 @@ class Columns:
         if self.ids is None:
             return None
         if width not in self._index:
-            self._index[width] = to_device(torch.from_numpy(self._host_index(width)), self.ids.device)
+            self._index[width] = to_device(self._host_index(width), self.ids.device)
         return self._index[width]
 
     def rest(self, width: int) -> Tensor | None:
@@ -43,13 +42,14 @@ class Columns:
         if self.ids is None:
             return None
         if width not in self._rest:
-            rest = _padded(np.flatnonzero(self._host_index(width) < 0).astype(np.int32))
-            self._rest[width] = to_device(torch.from_numpy(rest), self.ids.device)
+            rest = torch.arange(width, dtype=torch.int32, device="cpu")[self._host_index(width) < 0]
+            self._rest[width] = to_device(repeat_last(rest), self.ids.device)
         return self._rest[width]
 
-    def _host_index(self, width: int) -> np.ndarray:
-        index = np.full(width, -1, np.int32)
-        index[self.host_ids] = np.arange(len(self.host_ids))
+    def _host_index(self, width: int) -> Tensor:
+        options = {"dtype": torch.int32, "device": "cpu"}
+        index = torch.full((width,), -1, **options)
+        index[self.host_ids] = torch.arange(len(self.host_ids), **options)
         return index
 
 
@@ -58,11 +58,9 @@ def columns_of(
 ) -> Columns:
     if ids not in _kept:
         host = on_host(ids)
-        first = int(host[0]) if (np.diff(host) == 1).all() else None
-        columns = to_device(torch.from_numpy(_padded(host.astype(np.int32))), ids.device)
-        _kept[ids] = Columns(None if first == 0 else columns, padded_ids(ids), first, host)
+        first = host[0].tolist() if (host.diff() == 1).all().tolist() else None
+        columns = to_device(repeat_last(host.int()), ids.device)
+        # Not the ids themselves: an entry that held its own key would never go.
+        held = padded_ids(ids).detach(), first, host.detach()
+        _kept[ids] = Columns(None if first == 0 else columns, *held)
     return _kept[ids]
-
-
-def _padded(ids: np.ndarray) -> np.ndarray:
-    return np.pad(ids, (0, -len(ids) % PAD), mode="edge") if len(ids) else ids

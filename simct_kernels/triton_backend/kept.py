@@ -8,9 +8,9 @@ that by the head, which is rounded where it is made. Where they would take more,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,10 +142,12 @@ class HeadGradient:
         sums = None
         if not alone and (self.whole is not None or self.entries is not None):
             sums = torch.empty(height, width, **options)
-        bounds = np.searchsorted(self.placed.host_ids, [begin for begin, _ in parts] + [self.shape[0]])
-        made = None if self.shared is None else torch.empty(int(np.diff(bounds).max()) + 2 * PAD, width, **options)
+        edges = torch.tensor([begin for begin, _ in parts] + [self.shape[0]], dtype=torch.int64, device="cpu")
+        bounds = list(itertools.pairwise(torch.searchsorted(self.placed.host_ids.contiguous(), edges).tolist()))
+        most = max(high - low for low, high in bounds)
+        made = None if self.shared is None else torch.empty(most + 2 * PAD, width, **options)
         index = None if self.shared is None else self.placed.index(self.shape[0])
-        for (begin, end), low, high in zip(parts, map(int, bounds), map(int, bounds[1:]), strict=False):
+        for (begin, end), (low, high) in zip(parts, bounds, strict=True):
             whole = out[begin:end] if alone else None if sums is None else sums[: end - begin]
             if self.whole is not None:
                 self.whole.weight(begin, end, whole)

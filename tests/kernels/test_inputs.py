@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -226,10 +227,34 @@ def test_disjoint_without_a_continuation_needs_no_list():
 
 
 def test_import_needs_torch_only():
-    """And numpy, in which units are planned: of what else the package is installed with, nothing."""
-    others = ["simct", "triton", "transformers", "accelerate", "datasets", "yaml", "rich", "matplotlib", "peft"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({others})); import simct_kernels"
-    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    """Of what else the package is installed with, nothing: the PyTorch backend's loss runs, forward and backward."""
+    others = "numpy simct triton transformers accelerate datasets yaml rich matplotlib peft".split()
+    code = f"""
+        import sys, warnings
+        sys.modules.update(dict.fromkeys({others}))  # importing one of them fails, as where it is not installed
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch itself would use it
+        import torch
+        from simct_kernels import AlignedUnits, LMHead, SharedVocabulary, linear_simct_loss
+
+        one, two = torch.tensor([1, 1, 2, 1]), torch.tensor([1, 2, 1, 1])
+        rows = torch.arange(5)
+        left_out = torch.tensor([[1, 0], [2, 3]])
+        units = AlignedUnits(one.cumsum(0) - one, one, two.cumsum(0) - two, two, rows + 2, rows, left_out)
+        shared = SharedVocabulary(torch.tensor([2, 5, 6, 7]), torch.tensor([0, 4, 7, 1]))
+        student, teacher, weight, teacher_weight = (torch.randn(rows, 3) for rows in (5, 5, 9, 8))
+        results = []
+        for backend in ("torch", "reference"):
+            leaves = student.clone().requires_grad_(), weight.clone().requires_grad_()
+            heads = LMHead(leaves[1]), LMHead(teacher_weight)
+            options = dict(candidates="disjoint", backend=backend)
+            loss = linear_simct_loss(leaves[0], heads[0], teacher, heads[1], units, shared, **options)
+            results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+        assert sys.modules["numpy"] is None and results[0][1].any() and results[0][2].any()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
 
 

@@ -1,6 +1,8 @@
 """The Triton backend, judged by the oracle in float64. Tiny tiles, so that tiny problems take several of them."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from triton_cases import DEVICE, linear_simct_loss, moved, simct_loss
 
 import simct_kernels
 from simct_kernels import AlignedUnits, SharedVocabulary, triton_backend
+from simct_kernels.triton_backend.columns import columns_of
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -187,6 +190,36 @@ def test_no_unit_gives_a_differentiable_zero(reduction):
     assert len(gradients) == 3 and not any(gradient.any() for gradient in gradients.values())
     loss, gradient = run_logits(problem, reduction=reduction)
     assert loss.sum() == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_defaults_and_modes_do_not_reach_a_plan(backend):
+    """It is made on the CPU, of integers; one made in inference mode serves a training step."""
+    options = {"candidates": "disjoint", "backend": backend}
+    expected = run_linear(make_problem(dtype=torch.float32), **options)
+    defaults, inference = make_problem(dtype=torch.float32), make_problem(dtype=torch.float32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = [run_linear(defaults, **options)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        linear_simct_loss(*inference.arguments(), **options)
+    found.append(run_linear(inference, **options))
+    for loss, gradients in found:
+        assert loss.equal(expected[0])
+        assert all(gradient.equal(expected[1][key]) for key, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("size", [64, 70])
+def test_what_is_kept_of_ids_goes_with_them(size):
+    ids = 2 * torch.arange(size)
+    columns_of(ids)
+    gone = weakref.ref(ids)
+    del ids
+    gc.collect()
+    assert gone() is None
 
 
 def test_repeated_backward():
