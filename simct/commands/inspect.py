@@ -79,6 +79,8 @@ def _texts(path: Path | None, whole: bool) -> dict[str, str]:
     """Texts by title."""
     if path is None:
         return SAMPLES
+    if not path.is_file():
+        raise ValueError(f"--text is {str(path)!r}: there is no such file")
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:

@@ -4,6 +4,7 @@ A recipe is a YAML file in `simct/recipes/PAIR/`; its name is `PAIR/STEP`, such 
 """
 
 import difflib
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,15 @@ def recipe_summary(path: str | Path) -> str:
 
 def recipe_table() -> Table:
     """What `simct recipes` shows."""
-    table = Table(title="Recipes")
+    table = Table(
+        title="Recipes, in the order of the work (simct recipes NAME: the file, whose first line says what it is)"
+    )
+    table.add_column("run")
     table.add_column("name", no_wrap=True)
-    table.add_column("run with")
-    table.add_column("what it is")
-    last = None
-    for name in list_recipes():
-        if last not in (None, _pair(name)):
-            table.add_section()
-        last = _pair(name)
-        table.add_row(name, COMMANDS.get(_step(name), ""), recipe_summary(FOLDER / f"{name}.yaml"))
+    for _, names in groupby(list_recipes(), _pair):
+        pair = list(names)
+        runs = (COMMANDS.get(_step(name), "") for name in pair)
+        table.add_row("\n".join(runs), "\n".join(pair), end_section=True)
     return table
 
 

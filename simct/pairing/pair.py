@@ -86,6 +86,11 @@ class TokenizerPair:
         student_vocabulary_size: int | None = None,
         chat: bool = True,
     ):
+        for role, tokenizer in ("student", student_tokenizer), ("teacher", teacher_tokenizer):
+            if not hasattr(tokenizer, "get_vocab"):
+                raise ValueError(
+                    f"{role}_tokenizer is {tokenizer!r}: expected a tokenizer, AutoTokenizer.from_pretrained(folder or hub name)"
+                )
         if alignment not in ("bytes", "anchored"):
             raise ValueError(f'alignment must be "bytes" or "anchored", got {alignment!r}')
         if special_tokens != "auto" and not isinstance(special_tokens, Mapping):

@@ -88,6 +88,11 @@ class Side:
 
     def _checked(self, batch: Sequence[Ids]) -> tuple[list[list[int]], list[np.ndarray]]:
         """The responses as lists and as int64 arrays."""
+        if text := next((ids for ids in [batch, *batch] if isinstance(ids, (str, bytes))), None):
+            raise ValueError(
+                f"{self.role} responses must be token ids, got the text {text[:40]!r}: expected what "
+                "pair.encode_student([text, ...]) returns"
+            )
         lists = [ids.tolist() if hasattr(ids, "tolist") else list(ids) for ids in batch]
         arrays = []
         for ids in filter(None, lists):

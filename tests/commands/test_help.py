@@ -8,7 +8,9 @@ import pytest
 import simct
 from simct import SimCTConfig
 from simct.commands.options import OptionParser
+from simct.commands.recipe import COMMANDS, list_recipes
 from simct.commands.train import RunArguments
+from simct.demo import ASSETS
 from simct.training.groups import FIRST, GROUPS, HIDDEN
 
 
@@ -63,3 +65,15 @@ def test_a_page_of_each_subject(ended):
 def test_what_does_not_exist_is_said_in_one_line(ended, words, message):
     result = ended("train", "--student", "s", "--teacher", "t", "--data", "d", *words)
     assert result.code == 2 and message in result.error
+
+
+def test_the_recipes_take_one_row_a_pair(ended):
+    lines = ended("recipes").out.splitlines()
+    assert len(lines) <= 30
+    for name in list_recipes():
+        assert any(name in line and COMMANDS[name.split("/")[1]] in line for line in lines)
+
+
+def test_a_text_that_is_not_there(ended):
+    result = ended("inspect", ASSETS / "student", ASSETS / "teacher", "--text", "nofile")
+    assert result.code == 2 and "--text is 'nofile': there is no such file" in result.error

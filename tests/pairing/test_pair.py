@@ -399,3 +399,14 @@ def test_random_ids_never_crash_and_every_token_is_accounted_for(toy_pair, batch
         inside = set(special) - set(toy_pair.student_end_ids)
         covered = [t for s, m, *_ in units_of(alignment) for t in alignment.student_tokens[s : s + m].tolist()]
         assert not inside & set(covered)
+
+
+def test_paths_and_texts_are_no_tokenizers_and_no_ids(demo_tokenizers):
+    with pytest.raises(ValueError, match="student_tokenizer is 'a/folder': expected a tokenizer"):
+        TokenizerPair("a/folder", demo_tokenizers[1])
+    pair = TokenizerPair(*demo_tokenizers)
+    for batch in ["text"], "text":
+        with pytest.raises(
+            ValueError, match="must be token ids, got the text 'text': expected what pair.encode_student"
+        ):
+            pair.encode_teacher(batch)
