@@ -58,6 +58,7 @@ def test_wrong(response, answer):
 
 
 def test_what_takes_too_long_is_wrong_and_the_next_is_graded():
+    assert is_correct("\\boxed{1}", "1")  # what grades is there
     start = time.perf_counter()
     with pytest.warns(UserWarning, match=r"the answer '1' was not done in 0.2 s: it counts as wrong"):
         assert not is_correct(SLOW, "1", timeout=0.2)
