@@ -47,7 +47,7 @@ def check_reduction(reduction: object, return_unit_losses: object) -> None:
 
 
 def check_temperature(temperature: object) -> None:
-    if not is_number(temperature) or not 0 < temperature < float("inf"):
+    if not isinstance(temperature, (int, float)) or not is_number(temperature) or not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive number, got {temperature!r}")
 
 

@@ -98,8 +98,8 @@ def escd_loss(
 
 def _last_rows(response_lengths: Sequence[int], units: AlignedUnits) -> Tensor:
     """int64 [responses]. A list is summed without the device; a tensor on it is read once."""
-    given = response_lengths
-    if is_dense(given) and given.dim() == 1:
+    given: object = response_lengths
+    if isinstance(given, Tensor) and is_dense(given) and given.dim() == 1:
         given = given.tolist()
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
         raise ValueError(f"response_lengths must be the lengths of all responses, got {describe(given)}")

@@ -118,7 +118,9 @@ def test_options_of_python_are_checked_as_well(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             SimCTConfig(str(tmp_path), use_cpu=True, **options)
-    assert SimCTConfig(str(tmp_path), use_cpu=True, teacher_url=json.dumps({"a": "b"})).teacher_url == {"a": "b"}
+    assert SimCTConfig(str(tmp_path), use_cpu=True, teacher_url=json.dumps({"a": "http://b"})).teacher_url == {
+        "a": "http://b"
+    }
     for options, message in (
         (dict(temperature=float("nan")), "temperature is nan"),
         (dict(max_new_tokens=0), "max_new_tokens is 0"),
