@@ -170,7 +170,10 @@ def response_hidden_states(model: nn.Module, sequences: PackedSequences) -> Tens
 
 def forward_through(wrapper: nn.Module, module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
     """Runs `compute` inside `wrapper`'s forward (DistributedDataParallel and FSDP prepare their gradient hooks there, and FSDP
-    gathers the parameters of the head), although it calls parts of `module` and not `module` itself."""
+    gathers the parameters of the head), although it calls parts of `module` and not `module` itself.
+
+    The Trainer wraps the model, and both call its `forward` by that name: DistributedDataParallel has no other way in. (FSDP2 has
+    one, `register_fsdp_forward_method`.)"""
     original = module.__dict__.get("forward")
 
     def once(*args, **kwargs):

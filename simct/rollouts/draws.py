@@ -59,8 +59,10 @@ class UniformDraws(LogitsProcessor):
     """Makes a greedy `generate` sample: the token that is drawn gets the highest score.
 
     `generate`'s own sampling draws an exponential number for each token of the vocabulary: with 262,144 of them that takes a
-    quarter of a small model's step on a CPU. `logprobs` are those of the drawn tokens at temperature 1, without truncation, one
-    [B] for each step.
+    quarter of a small model's step on a CPU. It draws for a whole batch from the process's one generator, so that a prompt's sample
+    would change with its neighbours; and `custom_generate`, the other door, wants a loop over private methods.
+
+    `logprobs` are those of the drawn tokens at temperature 1, without truncation, one [B] for each step.
     """
 
     def __init__(self, uniform: Tensor, temperature: float, top_p: float) -> None:

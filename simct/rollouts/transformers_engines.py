@@ -170,7 +170,9 @@ class ContinuousBatching:
 
 @contextmanager
 def sampling_mode(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Evaluation mode and a seed of its own; the caller's mode and random state come back afterwards."""
+    """Evaluation mode and a seed of its own; the caller's mode and random state come back afterwards.
+
+    transformers takes no generator: its continuous batching seeds the process's own, and draws from it."""
     training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     model.eval()
@@ -185,7 +187,7 @@ def sampling_mode(model: PreTrainedModel, seed: int) -> Iterator[None]:
 @contextmanager
 def own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
     """`generate` fills what a configuration leaves open from the model's own (a repetition penalty, say): samples would then not be
-    the student's distribution."""
+    the student's distribution. No argument keeps it from that: what is None counts as open, and not all can be given a value."""
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -198,7 +200,8 @@ def own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
 def contiguous_head_input(model: PreTrainedModel) -> Iterator[None]:
     """After the prompts a model applies its head to their last hidden states, a strided view. Where the head needs no gradient (a
     copy to sample from, a frozen head under LoRA) PyTorch then multiplies prompt by prompt, on a CPU with a copy of the head for
-    each: longer than all that follows."""
+    each: longer than all that follows. The view is made inside the model's own forward, which only a hook
+    on the head reaches."""
     head = model.get_output_embeddings()
     if head is None:
         yield
@@ -212,7 +215,9 @@ def contiguous_head_input(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def without_autocast(model: PreTrainedModel) -> Iterator[None]:
-    """Takes off the autocast that accelerate wraps around a prepared model's forward: a paged cache has one dtype, the weights'."""
+    """Takes off the autocast that accelerate wraps around a prepared model's forward: a paged cache has one dtype, the weights'.
+
+    The wrapper turns autocast on inside of any that is off around it, and accelerate's own way takes the wrapper off for good."""
     wrapped = model.__dict__.get("forward")
     original = getattr(model, "_original_forward", None)
     if wrapped is None or original is None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,10 +21,13 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     process must exhaust the iterator. Tensors have the dtype and device of the model and are detached; they may be the model's own
     memory, so load or copy them before the next optimizer step.
 
+    By hand because no library does it tensor by tensor: peft merges a whole model (and unmerging leaves rounding in the base
+    weights), torch and accelerate gather the whole state dict of FSDP2, transformers' way to checkpoint names takes one.
+
     Raises ValueError for a model whose weights no plain checkpoint of its configuration can hold: quantised weights, adapters that
     act by extra prompt tokens, a head trained apart from the embedding that its configuration ties it to.
     """
-    model = _unwrapped(model)
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     _check(model, base)
     named = _distinct(base)
@@ -31,17 +35,6 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         # Fused or renamed when transformers loaded them (experts of a mixture, for one): the way back needs all of them at once.
         named = iter(revert_weight_conversion(base, dict(named)).items())
     return named
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while not isinstance(model, PreTrainedModel):
-        for attribute in ("module", "_orig_mod"):  # DDP, torch.compile
-            if isinstance(getattr(model, attribute, None), nn.Module):
-                model = getattr(model, attribute)
-                break
-        else:
-            break  # PEFT, or a module of the caller's own
-    return model
 
 
 def _check(model: nn.Module, base: nn.Module) -> None:
@@ -150,8 +143,9 @@ def write_weights(
     shard_bytes: int = 4 << 30,
 ) -> dict[str, str]:
     """Files `weights-*.safetensors` in a folder that is made here, each of about `shard_bytes` (at least one tensor): no more than
-    that is held in memory beside the model. `dtype`: what floating-point tensors are written in, by default their own. Returns
-    which file each tensor is in."""
+    that is held in memory beside the model (the writers of huggingface_hub and transformers want all tensors first).
+
+    `dtype`: what floating-point tensors are written in, by default their own. Returns which file each tensor is in."""
     folder.mkdir(parents=True)
     places: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
