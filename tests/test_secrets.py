@@ -233,7 +233,7 @@ def test_a_server_that_echoes_the_key_in_a_run(tmp_path, gateway, everything):
         ),
         ({"teacher_server_kwargs": json.dumps({"api_key": KEY})}, "names api_key, which checkpoints would keep"),
         ({"teacher_server_kwargs": json.dumps({"api_key": KEY}), "dry_run": True}, "The teacher is served at"),
-        ({"hub_tokenn": "of 4711"}, r"unrecognized arguments: --hub_tokenn \*\*\* \(did you mean hub_token"),
+        ({"hub_tokenn": "of 4711"}, r"unrecognized arguments: --hub_tokenn \*\*\* \(did you mean --hub_token"),
         ({"hub_token": "two\nlines of 4711"}, "hub_token has U.000A as character 4"),
         ({"teacher_url": "{url}/other-4711"}, r"answered 404: .*'Authorization: Bearer \*\*\*'"),
     ],

@@ -114,7 +114,7 @@ def test_scores_behind_a_prompt(inspect, demo, demo_tokenizers):
 
 
 def test_without_models_there_are_no_scores(inspect):
-    output, page = inspect("--html", "page.html")
+    output, page = inspect("--verbose", "--html", "page.html")
     assert len(page.texts) == len(SAMPLES) and not any("loss" in unit.title for text in page.texts for unit in text)
     assert "Built-in samples." in page.words and "Costliest" not in output + page.words
     for words in (
