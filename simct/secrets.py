@@ -13,7 +13,7 @@ NAMES = ("token", "use_auth_token", "hub_token", "push_to_hub_token", "api_key",
 _known: set[str] = set()
 _USER = re.compile(r"(?<=://)\S{0,256}@")  # of an address: user:password@, where a password may have a slash in it
 _NAMED = re.compile(
-    r"((?:token|key|password|secret|authorization)\w*['\"]?\s*[:=]|--\w*(?:token|key|password|secret)\w*\s).*",
+    r"((?:token|key|password|secret|authorization)\w*['\"]?\s*[:=]|--\w*(?:token|key|password|secret)\w*(?=\s)).*",
     re.DOTALL | re.IGNORECASE,
 )
 _QUERY = re.compile(r"(?<=[?&])([^=?&\s#'\"]{1,64}=)[^&\s#'\"]+")
@@ -38,9 +38,14 @@ def redact(text: object) -> str:
     return _HUB_TOKEN.sub(HIDDEN, text)
 
 
-def shown_text(text: str) -> str:
+def shown_value(name: str, value: Any) -> str:
+    """An option's value as a message names it: what is in a key's place is not shown."""
+    return HIDDEN if name.split()[-1] in NAMES else shown_text(repr(value))
+
+
+def shown_text(text: object) -> str:
     """Options that cannot be read (broken JSON, unknown words of a command line): nothing of what follows a secret's name."""
-    return redact(_NAMED.sub(rf"\1 {HIDDEN}", text))
+    return redact(_NAMED.sub(rf"\1 {HIDDEN}", str(text)))
 
 
 def read_key(name: str, given: str | None, variable: str | None = None) -> str | None:

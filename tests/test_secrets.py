@@ -234,11 +234,20 @@ def test_a_server_that_echoes_the_key_in_a_run(tmp_path, gateway, everything):
         ({"teacher_server_kwargs": json.dumps({"api_key": KEY})}, "names api_key, which checkpoints would keep"),
         ({"teacher_server_kwargs": json.dumps({"api_key": KEY}), "dry_run": True}, "The teacher is served at"),
         ({"hub_tokenn": "of 4711"}, r"unrecognized arguments: --hub_tokenn \*\*\* \(did you mean --hub_token"),
+        ({"config": "hub_token: of 4711: x"}, r"is not YAML: .*hub_token: \*\*\*"),
+        ({"config": "hub_token: [of 4711]"}, r"hub_token is \*\*\*: expected one value"),
+        (
+            {"config": 'model_init_kwargs: {token: "of 4711", when: 2020-01-01}'},
+            "token': \\*\\*\\*: expected what JSON",
+        ),
         ({"hub_token": "two\nlines of 4711"}, "hub_token has U.000A as character 4"),
         ({"teacher_url": "{url}/other-4711"}, r"answered 404: .*'Authorization: Bearer \*\*\*'"),
     ],
 )
 def test_a_command_that_ends_early_shows_no_secret(tmp_path, gateway, everything, options, message):
+    if "config" in options:
+        (tmp_path.parent / "options.yaml").write_text(options["config"])
+        options = {"config": tmp_path.parent / "options.yaml"}
     with serving(gateway) as url:
         options = {name: str(value).replace("{url}", url) for name, value in options.items()}
         with pytest.raises(SystemExit):

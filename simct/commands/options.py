@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from simct.commands.recipe import find_recipe, read_options
 from simct.console import UsageError
-from simct.secrets import shown_text
+from simct.secrets import shown_text, shown_value
 
 FILES = ("recipe", "config")  # weakest first
 
@@ -93,15 +93,15 @@ def _typed(action: argparse.Action, name: str, value: Any, takes_list: bool) -> 
     """A file's value as the command line would give it. ValueError if it could not."""
     if isinstance(value, list):
         if not takes_list:
-            raise ValueError(f"{name} is {value!r}: expected one value")
+            raise ValueError(f"{name} is {shown_value(name, value)}: expected one value")
         return [_one(action, name, item) for item in value]
     if isinstance(value, dict):
         if action.type is not str:
-            raise ValueError(f"{name} is {value!r}: expected one value")
+            raise ValueError(f"{name} is {shown_value(name, value)}: expected one value")
         try:
             return json.dumps(value)
         except (TypeError, ValueError) as error:  # a date, or an alias of itself
-            raise ValueError(f"{name} is {value!r}: expected what JSON can say ({error})") from None
+            raise ValueError(f"{name} is {shown_value(name, value)}: expected what JSON can say ({error})") from None
     found = _one(action, name, value)
     return [found] if action.nargs == "+" else found
 
@@ -114,7 +114,9 @@ def _one(action: argparse.Action, name: str, value: Any) -> Any:
         found = kind(str(value))
     except (TypeError, ValueError, argparse.ArgumentTypeError):
         expected = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
-        raise ValueError(f"{name} is {value!r}: expected {expected.get(kind.__name__, 'text')}") from None
+        raise ValueError(
+            f"{name} is {shown_value(name, value)}: expected {expected.get(kind.__name__, 'text')}"
+        ) from None
     if action.choices is not None and found not in action.choices:
         raise ValueError(f"{name} is {value!r}: expected one of {', '.join(map(str, action.choices))}")
     return found

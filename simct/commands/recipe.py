@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from rich.table import Table
 
+from simct.secrets import shown_text
+
 FOLDER = Path(__file__).parent.parent / "recipes"
 OWN = "simct://"  # of a file in this package
 STEPS = ("answers", "sft", "distil", "distil-public", "eval")  # in the order of the work
@@ -53,7 +55,7 @@ def read_options(path: str | Path, kind: str = "recipe") -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, a number of 5,000 digits
-        raise ValueError(f"{name} is not YAML: {error}") from None
+        raise ValueError(f"{name} is not YAML: {shown_text(error)}") from None  # it quotes the file
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         raise ValueError(f"{name} holds {type(options).__name__}: expected a mapping of options")
     options = {key: _ours(value) for key, value in options.items()}
