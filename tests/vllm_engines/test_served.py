@@ -39,7 +39,7 @@ def test_an_unknown_model_name_is_refused(server_url):
 
 
 def test_a_server_left_paused_goes_on(server_url, engine, student, prompts, sampling):
-    engine._post("/pause", params={"mode": "wait"})
+    engine._post("/pause?mode=wait")
     with pytest.warns(UserWarning, match="left paused"):
         again = ServedVLLM(server_url)
     settings = sampling(temperature=0.0)
