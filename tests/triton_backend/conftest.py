@@ -33,6 +33,27 @@ elif not torch.cuda.is_available():
 
     interpreter._patch_lang_tensor = _patch
 
+    _patch_lang, _patched, _languages = interpreter._patch_lang, set(), {}
+
+    def _patch_once(fn):
+        """The language is looked through again for every function that a kernel calls: half of the time that it runs."""
+        known = id(fn.__globals__)
+        if known not in _languages:
+            _languages[known] = {
+                m.__name__ for m in (tl, tl.core) if any(m is value for value in fn.__globals__.values())
+            }
+        if _patched >= _languages[known]:
+            return None  # nobody reads it
+        outermost = not _patched
+        scope = _patch_lang(fn)
+        _patched.update(_languages[known])
+        if outermost:
+            restore = scope.restore
+            scope.restore = lambda: (_patched.clear(), restore())
+        return scope
+
+    interpreter._patch_lang = _patch_once
+
 
 @pytest.fixture(autouse=True)
 def quiet():
