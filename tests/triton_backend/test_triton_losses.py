@@ -196,8 +196,8 @@ def test_no_unit_gives_a_differentiable_zero(reduction):
 def test_defaults_and_modes_do_not_reach_a_plan(backend):
     """It is made on the CPU, of integers; one made in inference mode serves a training step."""
     options = {"candidates": "disjoint", "backend": backend}
-    expected = run_linear(make_problem(dtype=torch.float32), **options)
-    defaults, inference = make_problem(dtype=torch.float32), make_problem(dtype=torch.float32)
+    expected = run_linear(make_problem(FEW, dtype=torch.float32), **options)
+    defaults, inference = make_problem(FEW, dtype=torch.float32), make_problem(FEW, dtype=torch.float32)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):

@@ -3,14 +3,20 @@
 import pytest
 import torch
 import triton
-from kernels.cases import make_problem, relative_error
+from kernels.cases import make_problem, relative_error, slow
 from triton_cases import linear_simct_loss, simct_loss
 
 from simct_kernels.triton_backend import tiles
 
 
-@pytest.mark.parametrize("architecture", [90, "gfx942"])
-@pytest.mark.parametrize("options", [{}, {"beta": 0.5, "candidates": "disjoint"}], ids=str)
+DISJOINT = {"beta": 0.5, "candidates": "disjoint"}
+
+
+@pytest.mark.parametrize(
+    "architecture,options",
+    [(90, DISJOINT), ("gfx942", {}), *slow((90, {}), ("gfx942", DISJOINT))],
+    ids=str,
+)
 def test_the_tables_tiles_agree_with_the_oracle(monkeypatch, architecture, options):
     if not torch.cuda.is_available():
         monkeypatch.setattr(tiles, "_architecture", lambda device: architecture)
