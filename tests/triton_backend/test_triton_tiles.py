@@ -3,11 +3,10 @@
 import pytest
 import torch
 import triton
-from kernels.cases import make_problem, relative_error, slow
+from kernels.cases import FEW, make_problem, relative_error, slow
 from triton_cases import linear_simct_loss, simct_loss
 
 from simct_kernels.triton_backend import tiles
-
 
 DISJOINT = {"beta": 0.5, "candidates": "disjoint"}
 
@@ -21,7 +20,7 @@ def test_the_tables_tiles_agree_with_the_oracle(monkeypatch, architecture, optio
     if not torch.cuda.is_available():
         monkeypatch.setattr(tiles, "_architecture", lambda device: architecture)
     # Vocabularies of one tile and a rest, and of three tiles and a rest of a split row's program.
-    problem = make_problem(shared_size=1100, student_vocabulary=4400, teacher_vocabulary=1200, dtype=torch.float32)
+    problem = make_problem(FEW, shared_size=1100, student_vocabulary=4400, teacher_vocabulary=1200, dtype=torch.float32)
     exact = problem.to(torch.float64)
     linear_simct_loss(*exact.arguments(), backend="reference", **options).backward()
     linear_simct_loss(*problem.arguments(), **options).backward()
@@ -40,7 +39,7 @@ def test_the_tables_tiles_of_few_candidates_agree_with_the_oracle(monkeypatch, a
         monkeypatch.setattr(tiles, "_architecture", lambda device: architecture)
     # 18 columns are a tile of ids and a rest; 90 entries, most of the same few ids.
     sizes = {"shared_size": 300, "student_vocabulary": 403, "teacher_vocabulary": 371}
-    problem = make_problem(((1, 1), (1, 1), (1, 1), (2, 2)), dtype=torch.float32, **sizes)
+    problem = make_problem(((1, 1), (1, 1), (2, 2)), dtype=torch.float32, **sizes)
     exact = problem.to(torch.float64)
     linear_simct_loss(*exact.arguments(), backend="reference", top_k=18).backward()
     linear_simct_loss(*problem.arguments(), top_k=18).backward()
