@@ -70,6 +70,19 @@ def tape(monkeypatch):
 
 
 @pytest.fixture
+def gpu(request, tmp_path_factory):
+    """A pretended one, see `pretended_gpu.py`."""
+    from pretended_gpu import load_guard, pretended_gpu
+
+    from simct import SimCTConfig
+
+    cache = getattr(request.config, "cache", None)
+    load_guard(tmp_path_factory.getbasetemp() if cache is None else cache.mkdir("pretended-gpu"))
+    with pretended_gpu(SimCTConfig) as gpu:
+        yield gpu
+
+
+@pytest.fixture
 def without_pictures(monkeypatch):
     """Drawing them is two thirds of what a short `simct train` does."""
     for name in "plot_curves", "plot_phases":

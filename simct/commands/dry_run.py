@@ -4,6 +4,7 @@ Models are made from their configurations on the meta device; no weights are rea
 """
 
 import dataclasses
+import inspect
 import itertools
 import math
 from collections.abc import Mapping
@@ -25,12 +26,14 @@ from simct.data.sources import JSONL, PARQUET
 from simct.inspection.tables import coverage_table, pair_table
 from simct.models.loading import NO_CODE, SOURCE, load_generation_config, load_tokenizer
 from simct.pairing.pair import TokenizerPair
+from simct.rollouts.vllm_engine import ColocatedVLLM
 from simct.secrets import NAMES, redact, without_secrets
 from simct.teachers.served import check_objective
 from simct.training.memory import RESERVE, MemoryEstimate, device_memory, estimate, fits, memory_table
 
 MEASURED_PROMPTS = 1000  # of which the longest is the length to be expected
 COVERAGE_PROMPTS = 200
+VLLM_SHARE = inspect.signature(ColocatedVLLM).parameters["gpu_memory_utilization"].default
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,10 @@ def describe(
         texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts[:COVERAGE_PROMPTS]]
         console.print(coverage_table(pair.coverage(texts)), "of the first prompts' own text\n")
         lengths = prompt_lengths(prompts, tokenizers[0], config)
-    numbers = numbers_of(config, student, max(lengths), len(pair.shared), on_cpu=dtype == torch.float32)
-    memory = estimate(student, teacher, **numbers)
     available = int(assume_memory_gb * 1e9) if assume_memory_gb else device_memory(config.device)
+    on_cpu = dtype == torch.float32
+    numbers = numbers_of(config, student, max(lengths), len(pair.shared), on_cpu=on_cpu, available=available)
+    memory = estimate(student, teacher, **numbers)
     console.print(memory_table(memory, available))
 
     prompts_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
@@ -190,9 +194,16 @@ def meta_model(name: str, role: str, init_kwargs: Mapping[str, Any]) -> nn.Modul
 
 
 def numbers_of(
-    config, student: nn.Module, prompt_tokens: int, shared_tokens: int, *, on_cpu: bool = False
+    config,
+    student: nn.Module,
+    prompt_tokens: int,
+    shared_tokens: int,
+    *,
+    on_cpu: bool = False,
+    available: int = 0,
 ) -> dict[str, Any]:
-    """The arguments of `estimate` that a configuration means, with prompts of so many tokens."""
+    """The arguments of `estimate` that a configuration means, with prompts of so many tokens. `available`: bytes of the device, of
+    which a vLLM in this process takes its share."""
     generations = _get(config, "num_generations", 1)
     sequence = prompt_tokens + config.max_new_tokens
     # Sequences are never cut: one that is longer than the budget goes through alone.
@@ -204,6 +215,10 @@ def numbers_of(
     if copy is None and config.bf16 and weights == torch.float32 and not on_cpu:
         copy = "bfloat16"
     copy = getattr(torch, copy) if copy else None
+    engine, served = _get(config, "rollout_engine", "auto"), None
+    if engine in ("vllm", "vllm-server"):
+        share = _get(config, "vllm_gpu_memory_utilization", VLLM_SHARE)
+        copy, served = None, int(share * available) if engine == "vllm" else 0
     cache = _get(config, "kv_cache_gb", None)
     return dict(
         batch_tokens=whole if budget is None else max(sequence, min(whole, budget)),
@@ -215,6 +230,7 @@ def numbers_of(
         gradient_checkpointing=bool(config.gradient_checkpointing or _get(config, "activation_checkpointing", False)),
         rollout_dtype=copy if copy != weights else None,
         kv_cache_bytes=None if cache is None else int(cache * 1e9),
+        vllm_bytes=served,
         shared_tokens=shared_tokens,
         chunk_rows=config.chunk_rows,
         offload_teacher=bool(_get(config, "offload_teacher", False)),

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from simct.models.hidden import PackedSequences, response_hidden_states
+from simct.models.hidden import PackedSequences, attention_that_runs, response_hidden_states
 from simct.pairing.tokens import token_bytes
 from simct_kernels import LMHead
 
@@ -42,9 +42,10 @@ def check_head(model: PreTrainedModel, name: str) -> None:
     model.eval()
     try:
         ids = torch.arange(1, 5, device=head.weight.device)[None]
-        own = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
         sequences = PackedSequences.build([[1]], [[2, 3, 4, 5]]).to(ids.device)
-        ours = head.logits(response_hidden_states(model, sequences))
+        with attention_that_runs(model):
+            own = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
+            ours = head.logits(response_hidden_states(model, sequences))
     finally:
         model.train(training)
     if not (own.isfinite().all() and ours.isfinite().all()):

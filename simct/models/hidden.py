@@ -6,7 +6,8 @@ after the other in a row, told apart by position ids that begin again at 0 (what
 variable-length flash attention read).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,15 +89,20 @@ class Layout:
     one_row: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, packing: str = "auto") -> "Layout":
+    def of(
+        cls, model: nn.Module, packing: str = "auto", autocast: Callable[[], AbstractContextManager] = nullcontext
+    ) -> "Layout":
         """`packing`: "off", "on", or "auto": on if this model gives the same hidden states for packed sequences as for each alone.
+        `autocast`: that of the run, for attention that takes 16 bits only (elsewhere the weights' own precision shows more). The
+        model is where it will run.
 
         Raises ValueError for "on" with a model that does not (a state that runs through the whole row, learned positions, ...).
         """
         if packing == "off":
             return cls()
-        one_row = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
-        layout, problem = cls(True, one_row), _packing_problem(model, cls(True, one_row))
+        layout = cls(True, uses_flash(model))
+        with autocast() if layout.one_row else nullcontext():
+            problem = _packing_problem(model, layout)
         if problem is None:
             return layout
         if packing == "on":
@@ -118,22 +124,44 @@ def _packing_problem(model: nn.Module, layout: Layout) -> str | None:
     training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        alone = [
-            response_hidden_states(model, PackedSequences.build([p], [r]).to(device))
-            for p, r in zip(prompts, responses, strict=True)
-        ]
-        row_length = None if not layout.packed else 11  # both sequences in one row, with room to fill
-        packed = response_hidden_states(
-            model, PackedSequences.build(prompts, responses, row_length=row_length).to(device)
-        )
+        with attention_that_runs(model):
+            alone = [
+                response_hidden_states(model, PackedSequences.build([p], [r]).to(device))
+                for p, r in zip(prompts, responses, strict=True)
+            ]
+            row_length = None if not layout.packed else 11  # both sequences in one row, with room to fill
+            packed = response_hidden_states(
+                model, PackedSequences.build(prompts, responses, row_length=row_length).to(device)
+            )
     except (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError) as error:
         return str(error)
     finally:
         model.train(training)
     alone = torch.cat(alone).float()
     difference = float((packed.float() - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
-    tolerance = 1e-4 if packed.dtype == torch.float32 else 0.05
+    low = packed.dtype != torch.float32 or torch.is_autocast_enabled(device.type)
+    tolerance = 0.05 if low else 1e-4
     return None if difference <= tolerance else f"relative difference {difference:.2g} from sequences alone"
+
+
+def uses_flash(model: nn.Module) -> bool:
+    """Whether the model's attention is a flash kernel: on a GPU only, in 16 bits only, and with a row's sequences told apart."""
+    return "flash" in (getattr(model.config, "_attn_implementation", None) or "")
+
+
+@contextmanager
+def attention_that_runs(model: nn.Module) -> Iterator[None]:
+    """Inside, a model that waits in main memory to be sharded has an attention that runs there: flash attention has no CPU
+    kernel, and what is checked so (positions, head) does not depend on which kernel computes it."""
+    if not uses_flash(model) or next(model.parameters()).device.type != "cpu":
+        yield
+        return
+    own = model.config._attn_implementation
+    model.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = own
 
 
 def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:

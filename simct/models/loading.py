@@ -56,6 +56,11 @@ def load_model(
     return loaded
 
 
+def is_dispatched(model: PreTrainedModel) -> bool:
+    """Whether the model was spread over devices where it was loaded (`device_map`): its parts stay where they are."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
 def load_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None, model: str | PreTrainedModel, name: str, **kwargs
 ) -> PreTrainedTokenizerBase:

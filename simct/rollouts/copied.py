@@ -11,18 +11,24 @@ from simct.rollouts.protocol import Response, RolloutEngine, Sampling
 class CopiedStudent:
     """Samples from a copy of the student in another precision, whole on this device also where the student is sharded.
 
-    Parameters that are frozen and have that precision already are shared with the student, not copied.
+    Parameters that are frozen and have that precision and place already are shared with the student, not copied.
     """
 
-    def __init__(self, student: PreTrainedModel, dtype: torch.dtype, make) -> None:
-        """`make`: the engine for the copy, a function of a model."""
+    def __init__(self, student: PreTrainedModel, dtype: torch.dtype, make, device: torch.device | None = None) -> None:
+        """`make`: the engine for the copy, a function of a model. `device`: where the copy is; None: where the student is."""
         memo = {}
         for parameter in student.parameters():
-            if not parameter.is_floating_point() or (not parameter.requires_grad and parameter.dtype == dtype):
+            own, place = parameter.dtype, device or parameter.device
+            if parameter.device == place and (
+                not parameter.is_floating_point() or (not parameter.requires_grad and own == dtype)
+            ):
                 memo[id(parameter)] = parameter
-            else:
-                memo[id(parameter)] = torch.nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+                continue
+            value = parameter.detach().to(place, dtype if parameter.is_floating_point() else own, copy=True)
+            memo[id(parameter)] = torch.nn.Parameter(value, requires_grad=False)
         self.model = copy.deepcopy(student, memo).eval()
+        if device is not None:
+            self.model.to(device)  # what is left: buffers
         self.engine: RolloutEngine = make(self.model)
 
     @torch.no_grad()

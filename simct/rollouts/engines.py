@@ -15,6 +15,7 @@ def build_engine(
     *,
     dtype: torch.dtype | None = None,
     sharded: bool = False,
+    device: torch.device | None = None,
     kv_cache_gb: float | None = None,
     vllm_options: dict | None = None,
     server_url: str | None = None,
@@ -25,6 +26,7 @@ def build_engine(
     Args:
         dtype: precision of a copy to sample from; None: the student's own weights.
         sharded: the student's parameters will be spread over processes (FSDP), so that samples come from a whole copy.
+        device: where that copy is; the student itself may still wait in main memory. None: the student's.
         kv_cache_gb: 10^9 bytes for keys and values, kept between calls.
         vllm_options: keyword arguments of a vLLM in this process.
         server_url, sync_folder: of "vllm-server".
@@ -44,7 +46,7 @@ def build_engine(
 
     if dtype is None and sharded:
         dtype = student.dtype
-    return make(student) if dtype is None else CopiedStudent(student, dtype, make)
+    return make(student) if dtype is None else CopiedStudent(student, dtype, make, device)
 
 
 def _colocated_vllm(

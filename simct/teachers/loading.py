@@ -50,13 +50,23 @@ def load_teachers(
             continue
         dtype = torch.float32 if args.device.type == "cpu" else torch.bfloat16
         options = {"dtype": dtype, **(args.teacher_model_init_kwargs or {})}
-        if args.device.type == "cuda" and "attn_implementation" not in options and is_flash_attn_2_available():
-            options["attn_implementation"] = "flash_attention_2"
         model = load_model(model, label, allow_missing_weights=args.allow_missing_weights, **options)
+        if not isinstance(teachers[name], PreTrainedModel) and "attn_implementation" not in options:
+            take_flash_attention(model, args.device)
         if model is student:
             raise ValueError(f"{label} is the student's own model object: it would be frozen, load it twice")
         found[name] = LocalTeacher(model, load_tokenizer(own, model, label, **options))
     return found
+
+
+def take_flash_attention(model: PreTrainedModel, device: torch.device) -> None:
+    """flash-attn, where it is installed and serves this model in its precision on this card."""
+    if device.type != "cuda" or model.dtype == torch.float32 or not is_flash_attn_2_available():
+        return
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return
+    with suppress(ValueError, ImportError):  # an architecture without it
+        model.set_attn_implementation("flash_attention_2")
 
 
 def load_served(

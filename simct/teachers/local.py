@@ -32,14 +32,14 @@ class LocalTeacher:
         model: a causal language model; its parameters are frozen and it is put in evaluation mode.
         tokenizer: the model's own.
     Raises:
-        ValueError: no language-model head, one that covers fewer tokens than the tokenizer has, or one that computes its logits in
-            a way that `LMHead` cannot express.
+        ValueError: no language-model head, or one that covers fewer tokens than the tokenizer has. Where the head is first read,
+            once the model is where it runs (`place`, or the first rows): one that computes its logits in a way that `LMHead`
+            cannot express.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         check_vocabulary(model, tokenizer, "teacher")
-        check_head(model, "teacher")
         self.layout, self.offload = Layout(), False
         self._head: LMHead | None = None
 
@@ -52,6 +52,7 @@ class LocalTeacher:
         if not quantised:
             self.model.to(device)
         self.layout = Layout.of(self.model, packing)
+        check_head(self.model, "teacher")
         head = LMHead.from_model(self.model)
         self.offload = offload and device.type != "cpu"
         self._device = device
@@ -66,6 +67,7 @@ class LocalTeacher:
     def head(self) -> LMHead:
         # Made once and kept: the loss caches the rows of a frozen head that it shares with the student on this object.
         if self._head is None:
+            check_head(self.model, "teacher")
             self._head = LMHead.from_model(self.model)
         return self._head
 

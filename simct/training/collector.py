@@ -92,6 +92,7 @@ class Collector:
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Response]:
         """Responses to prompts given as student ids, cut at stop strings."""
         responses = self.engine.generate(prompts, sampling, seed=seed)
+        release_cache(self.engine)
         if not sampling.stop_strings:
             return responses
         pieces = self.pair.student_pieces
@@ -162,6 +163,16 @@ class Collector:
                 # What does not fit the teacher's context is unsupervised, and counted so.
                 found[i] = ids if limit == float("inf") else ids[: max(0, int(limit) - len(prompts[i]) + 1)]
         return found
+
+
+def release_cache(engine: RolloutEngine) -> None:
+    """Gives back the keys and values that transformers' continuous batching keeps with a model for its next session: what comes
+    now, the teacher and the student's backward, needs the memory. To allocate them again is nothing beside a rollout."""
+    model = getattr(engine, "model", None)
+    if hasattr(model, "get_base_model"):  # PEFT: the engine is the base model's
+        model = model.get_base_model()
+    if hasattr(model, "destroy_cached_continuous_batching_manager"):
+        model.destroy_cached_continuous_batching_manager()
 
 
 def numbered_seed(seed: int, step: int, process: int) -> int:

@@ -336,13 +336,9 @@ class SimCTConfig(TrainingArguments):
         """
         if self.rollout_dtype is not None:
             return getattr(torch, self.rollout_dtype)
-        if (
-            self.bf16
-            and student.dtype == torch.float32
-            and (self.rollout_engine == "vllm" or student.device.type != "cpu")
-        ):
-            return torch.bfloat16
-        return None
+        # The run's device, not the student's: to be sharded it still waits in main memory.
+        on_gpu = self.rollout_engine == "vllm" or self.device.type != "cpu"
+        return torch.bfloat16 if self.bf16 and student.dtype == torch.float32 and on_gpu else None
 
     def engine_options(self, student) -> dict:
         """The keyword arguments of `simct.rollouts.engines.build_engine`."""

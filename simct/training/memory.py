@@ -30,6 +30,7 @@ PARTS = {
     "cast_weights": "student: weights cast for bf16/fp16 autocast",
     "rollout_copy": "student: low-precision copy for rollouts",
     "kv_cache": "rollouts: keys and values",
+    "vllm": "rollouts: vLLM's weights, keys and values",
     "activations": "student: activations kept for the backward",
     "working": "student: one layer at work",
     "teacher_weights": "teacher: weights",
@@ -38,11 +39,11 @@ PARTS = {
     "student_hidden": "student: hidden rows of a micro-batch",
     "loss": "loss: chunk of logits, head gradient, shared rows or tables",
 }
-# What is held at once. The teacher scores all responses of a step before the student's first micro-batch; gradients are freed
-# after the optimiser step.
+# What is held at once. The teacher scores all responses of a step before the student's first micro-batch; keys and values are
+# given back where sampling ends (`release_cache`, vLLM's sleep), gradients after the optimiser step.
 _ALWAYS = ("student_weights", "optimizer", "rollout_copy")
 PHASES = {
-    "rollout": (*_ALWAYS, "teacher_weights", "kv_cache"),
+    "rollout": (*_ALWAYS, "teacher_weights", "kv_cache", "vllm"),
     "teacher": (*_ALWAYS, "teacher_weights", "teacher_working", "teacher_hidden"),
     "student": (
         *(*_ALWAYS, "teacher_weights", "gradients", "cast_weights"),
@@ -61,6 +62,7 @@ class MemoryEstimate:
     cast_weights: int
     rollout_copy: int
     kv_cache: int
+    vllm: int
     activations: int
     working: int
     teacher_weights: int
@@ -97,6 +99,7 @@ def estimate(
     gradient_checkpointing: bool = False,
     rollout_dtype: torch.dtype | None = None,
     kv_cache_bytes: int | None = None,
+    vllm_bytes: int | None = None,
     shared_tokens: int | None = None,
     chunk_rows: int | None = None,
     offload_teacher: bool = False,
@@ -117,6 +120,7 @@ def estimate(
         compute_dtype: autocast's, if it is not the weights' own.
         rollout_dtype: that of the student's copy for rollouts; no copy if not given.
         kv_cache_bytes: a bound on the rollouts' keys and values.
+        vllm_bytes: what a vLLM on this device takes, that samples in the student's place; 0 for one elsewhere.
         shared_tokens: K, the smaller vocabulary if not given.
         chunk_rows: as `linear_simct_loss`; by device if not given.
         objective: as `SimCTConfig.objective`.
@@ -152,7 +156,8 @@ def estimate(
         optimizer=optimizer_bytes(trained, optim),
         cast_weights=sum(p.numel() for p in parameters if p.dim() > 1) * compute.itemsize if autocast else 0,
         rollout_copy=sum(p.numel() for p in parameters) * rollout_dtype.itemsize if rollout_dtype else 0,
-        kv_cache=cache if kv_cache_bytes is None else min(cache, kv_cache_bytes),
+        kv_cache=0 if vllm_bytes is not None else cache if kv_cache_bytes is None else min(cache, kv_cache_bytes),
+        vllm=vllm_bytes or 0,
         activations=activation_bytes(
             student, batch_tokens, sequence_tokens, compute_dtype=compute, checkpointing=gradient_checkpointing
         ),

@@ -21,8 +21,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from simct.data.renderer import Renderer
 from simct.data.sampler import RepeatedBatches
 from simct.models.checks import check_head, check_vocabulary
-from simct.models.hidden import Layout, PackedSequences, forward_through, response_hidden_states, under_autocast
-from simct.models.loading import load_model, load_tokenizer, with_adapter
+from simct.models.hidden import (
+    Layout,
+    PackedSequences,
+    forward_through,
+    response_hidden_states,
+    under_autocast,
+    uses_flash,
+)
+from simct.models.loading import is_dispatched, load_model, load_tokenizer, with_adapter
 from simct.pairing.pair import TokenizerPair
 from simct.rollouts.engines import build_engine
 from simct.rollouts.protocol import Response, Sampling
@@ -92,7 +99,6 @@ class SimCTTrainer(Guards, Checkpoints, Evaluation, Trainer):
         scorers = {name: Scorer.build(found, model, render, args) for name, found in teachers.items()}
         if peft_config is not None:
             model = with_adapter(model, peft_config)
-        check_head(model, "student")
         checks.check_disk_space(args, model)
         self.skipped_records: dict[str, int] = {}
         train_dataset = self._usable("train_dataset", train_dataset, model, render, scorers, args)
@@ -107,8 +113,8 @@ class SimCTTrainer(Guards, Checkpoints, Evaluation, Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        student = self.accelerator.unwrap_model(self.model)
-        self.layout = Layout.of(student, args.packing)
+        student = self._placed_student()
+        self.layout = Layout.of(student, args.packing, self.accelerator.autocast)
         for found in teachers.values():
             found.place(args.device, packing=args.packing, offload=args.offload_teacher)
         self.scorers = {name: scorer.to(args.device) for name, scorer in scorers.items()}
@@ -118,7 +124,12 @@ class SimCTTrainer(Guards, Checkpoints, Evaluation, Trainer):
         self.phase, self.ratios = self.recorder.phase, self.recorder.ratios
         self.sampling = args.sampling(self.pair.student_end_ids, pad_id=processing_class.pad_token_id or 0)
         self.engine = build_engine(
-            args.rollout_engine, student, processing_class, sharded=self.is_fsdp_enabled, **args.engine_options(student)
+            args.rollout_engine,
+            student,
+            processing_class,
+            sharded=self.is_fsdp_enabled,
+            device=args.device,
+            **args.engine_options(student),
         )
         self.collector = Collector(self.engine, processing_class, render, self.scorers, args, self.phase)
         self.student_prompt = render
@@ -131,6 +142,15 @@ class SimCTTrainer(Guards, Checkpoints, Evaluation, Trainer):
         self._problem, self._grad_norm, self._in_forward = None, None, False
         self.evaluated: Samples | None = None  # this process's samples of the last evaluation, for callbacks
         self.add_callback(AroundSteps(self))
+
+    def _placed_student(self) -> PreTrainedModel:
+        """The student, whole on the device of the run and checked there; to be sharded it waits in main memory."""
+        student = self.accelerator.unwrap_model(self.model)
+        if not (self.is_fsdp_enabled or is_dispatched(student) or getattr(student, "is_quantized", False)):
+            student.to(self.args.device)  # with bf16_full_eval the Trainer would do it where training starts
+        with self.accelerator.autocast() if uses_flash(student) else contextlib.nullcontext():
+            check_head(student, "student")
+        return student
 
     def _usable(self, name: str, dataset, *run):
         if isinstance(dataset, dict):

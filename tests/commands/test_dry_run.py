@@ -175,6 +175,13 @@ def test_numbers_of_a_configuration(generations, models, data, tmp_path):
     assert numbers_of(config, student, 20, 50)["batch_tokens"] == 120
 
 
+@pytest.mark.parametrize(("engine", "taken"), [("vllm", 24e9), ("vllm-server", 0)])
+def test_a_vllm_in_the_process_counts_with_its_share(engine, taken, models, data, tmp_path):
+    given = arguments(PAIRS[0], models, data, tmp_path, rollout_engine=engine, vllm_server_url="http://127.0.0.1:9")
+    memory = dry_run(*given, assume_memory_gb=80)[0].memory
+    assert memory.vllm == taken and memory.kv_cache == memory.rollout_copy == 0
+
+
 def test_prompts_that_leave_no_room_are_counted(models, data, tmp_path):
     run, config, recipe = arguments(PAIRS[0], models, data, tmp_path, max_new_tokens=8190)
     _, text = dry_run(run, config, recipe, assume_memory_gb=80)

@@ -180,6 +180,14 @@ def test_the_peak_is_the_largest_phase(meta_pair):
     assert estimate(*meta_pair, **{**NUMBERS, "rollouts": 10**6}, kv_cache_bytes=12345).kv_cache == 12345
 
 
+def test_a_vllm_takes_its_share_while_it_samples(meta_pair):
+    plain = estimate(*meta_pair, **NUMBERS)
+    beside, elsewhere = (estimate(*meta_pair, **NUMBERS, vllm_bytes=size) for size in (10**9, 0))
+    assert plain.kv_cache > 0 == beside.kv_cache == elsewhere.kv_cache
+    assert beside.phase("rollout") - elsewhere.phase("rollout") == 10**9
+    assert beside.phase("student") == elsewhere.phase("student") == plain.phase("student")
+
+
 def test_options_move_the_parts_that_they_should(meta_pair):
     plain = estimate(*meta_pair, **NUMBERS)
     checkpointed = estimate(*meta_pair, **NUMBERS, gradient_checkpointing=True)

@@ -1,0 +1,126 @@
+"""Where models, copies and checks are, on a GPU that is pretended."""
+
+import gc
+
+import pytest
+import torch
+from pretended_gpu import CUDA
+from test_trainer import PROMPTS, STUDENT, TEACHER, config
+from tiny import tiny_model, tokenizer
+from transformers import AttentionInterface, AttentionMaskInterface, Trainer
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.masking_utils import flash_attention_mask
+
+from simct import LocalTeacher, SimCTTrainer
+from simct.models.hidden import Layout
+
+ran: list[tuple[torch.device, torch.dtype]] = []
+
+
+def flash(module, query, key, value, attention_mask, **kwargs):
+    """As flash-attn behind transformers: on a GPU and in 16 bits alone, those of autocast if it is on."""
+    if query.device.type == "cpu":
+        raise NotImplementedError(
+            "Could not run 'flash_attn::_flash_attn_forward' with arguments from the 'CPU' backend"
+        )
+    if query.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        query = query.to(torch.get_autocast_dtype("cuda"))
+    if query.dtype == torch.float32:
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    ran.append((query.device, query.dtype))
+    return torch.zeros_like(query).transpose(1, 2), None
+
+
+AttentionInterface.register("flash_of_this_test", flash)
+AttentionMaskInterface.register("flash_of_this_test", flash_attention_mask)
+
+
+@pytest.fixture(autouse=True)
+def nothing_ran():
+    ran.clear()
+
+
+def trainer_on(gpu, tmp_path, student=None, teacher=None, **options):
+    options = {"backend": "torch", "rollout_engine": "static", **options}
+    models = [
+        given if given is not None else tiny_model(name) for given, name in ((student, STUDENT), (teacher, TEACHER))
+    ]
+    return SimCTTrainer(
+        *models, config(tmp_path, **options), PROMPTS,
+        processing_class=tokenizer(STUDENT), teacher_processing_class=tokenizer(TEACHER),
+    )  # fmt: skip
+
+
+def with_flash(gpu, name, dtype=torch.float32):
+    with gpu.fake:
+        model = tiny_model(name).to(dtype)
+    model.config._attn_implementation = "flash_of_this_test"
+    return model
+
+
+def devices(model):
+    return {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+
+
+def test_models_with_flash_attention_are_checked_where_they_run(gpu, tmp_path):
+    """A float32 student runs it under autocast only: without, it would be told to have no packed sequences."""
+    student, teacher = with_flash(gpu, STUDENT), with_flash(gpu, TEACHER, torch.bfloat16)
+    trainer = trainer_on(gpu, tmp_path, student, teacher, bf16=True, packing="on")
+    assert devices(trainer.model) == devices(trainer.teacher.model) == {CUDA}
+    assert trainer.layout == trainer.teacher.layout == Layout(packed=True, one_row=True)
+    assert set(ran) == {(CUDA, torch.bfloat16)} and len(ran) >= 2 * (2 + 3)  # the head's two forwards, three of packing
+
+
+def test_a_student_to_be_sharded_is_checked_though_flash_attention_has_no_cpu_kernel(tmp_path):
+    model = tiny_model(STUDENT)
+    model.config._attn_implementation = "flash_of_this_test"
+    assert Layout.of(model, "on") == Layout(packed=True, one_row=True)
+    LocalTeacher(model, tokenizer(STUDENT)).head  # noqa: B018
+    assert model.config._attn_implementation == "flash_of_this_test" and not ran
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_samples_of_a_sharded_student_come_from_the_gpu(gpu, tmp_path, monkeypatch, bf16):
+    """FSDP leaves the student in main memory until training begins."""
+    original = Trainer.create_accelerator_and_postprocess
+
+    def sharded(self):
+        original(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
+    trainer = trainer_on(gpu, tmp_path, bf16=bf16)
+    assert devices(trainer.model) == {torch.device("cpu")}
+    copy = trainer.engine.engine.model
+    assert devices(copy) == {CUDA} and copy.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    trainer.engine.update_weights(trainer.model)
+    assert devices(copy) == {CUDA}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_cache_of_keys_and_values_is_free_while_teacher_and_student_run(tmp_path, monkeypatch, copied):
+    """It is sized by kv_cache_gb, and no part of what the dry run counts for those phases. On a CPU: the engine is a real one."""
+    options = dict(rollout_engine="continuous", kv_cache_gb=0.02, max_new_tokens=4, max_steps=1)
+    options |= dict(rollout_dtype="bfloat16") if copied else {}
+    trainer = trainer_on(None, tmp_path, **options)
+    held = {}
+
+    def look(name, function):
+        def looked(*args, **kwargs):
+            caches = [found for found in gc.get_objects() if isinstance(found, PagedAttentionCache)]
+            held.setdefault(name, len(caches))
+            return function(*args, **kwargs)
+
+        return looked
+
+    monkeypatch.setattr(trainer, "_score", look("teacher", trainer._score))
+    monkeypatch.setattr(trainer, "training_step", look("student", trainer.training_step))
+    gc.collect()
+    trainer.train()
+    assert held == {"teacher": 0, "student": 0}
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16_full_eval": True, "bf16": True}], ids=str)
+def test_the_engine_is_made_of_a_student_in_its_place(gpu, tmp_path, options):
+    trainer = trainer_on(gpu, tmp_path, **options)
+    assert devices(trainer.engine.model) == devices(trainer.model) == {CUDA}
