@@ -165,7 +165,7 @@ def prompt_lengths(prompts: list[Prompt], tokenizer, config) -> list[int]:
             lengths.append(len(render_prompt(prompt, tokenizer, config.prompt_format, config.chat_template_kwargs)))
         except ValueError as error:
             refused = error
-            if config.on_bad_row == "fail":
+            if config.on_bad_row == "stop":
                 raise
     if not lengths:
         raise refused

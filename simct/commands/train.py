@@ -59,7 +59,6 @@ def train(argv: list[str]) -> None:
     import torch
 
     from simct.commands.options import OptionParser
-    from simct.data.prompts import prompt_of
     from simct.inspection.samples import SamplePages
     from simct.inspection.tables import coverage_table, pair_table
     from simct.training.config import SimCTConfig, from_json
@@ -74,7 +73,7 @@ def train(argv: list[str]) -> None:
         argv = [*argv, "--use_cpu", "true"]
     parser = OptionParser((RunArguments, SimCTConfig), prog="simct train", description=train.__doc__)
     with before_work():
-        run, config, _ = parser.parse(argv)
+        run, config, files = parser.parse(argv)
         adapter = read_adapter(run.peft_config)
         if run.merge_adapter and adapter is None:
             raise ValueError("merge_adapter is True, but there is no peft_config: expected an adapter to merge")
@@ -94,6 +93,8 @@ def train(argv: list[str]) -> None:
                 trainer.check_checkpoint(resume)
             if config.inspect_samples:
                 trainer.add_callback(SamplePages(trainer))
+            notes = {"Recipe": files.recipe, "Options from": files.config, "Data": run.data}
+            trainer.card_notes = {what: name for what, name in notes.items() if name}
             bar = ProgressBar.install(trainer, console)
     if run.dry_run:
         raise SystemExit(0 if fits else 1)
@@ -103,10 +104,8 @@ def train(argv: list[str]) -> None:
             if len(trainer.scorers) > 1:
                 console.print(f"teacher {name!r}", highlight=False)
             console.print(pair_table(scorer.pair, trainer.processing_class, scorer.teacher.tokenizer))
-        if hasattr(records, "__len__"):
-            prompts = (prompt_of(records[i]) for i in range(min(len(records), 200)))
-            texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
-            console.print(coverage_table(trainer.pair.coverage(texts)), "of the first prompts' own text\n")
+        if (coverage := trainer.prompt_coverage()) is not None:
+            console.print(coverage_table(coverage), "of the first prompts' own text\n")
         if resume:
             console.print(f"resuming from {printable(resume)}", highlight=False, soft_wrap=True)
     first = Path(config.output_dir) / FIRST_EVALUATION
@@ -125,6 +124,7 @@ def train(argv: list[str]) -> None:
         plot_curves(trainer.state.log_history, curves)
         plot_phases(trainer.state.log_history, timeline)
         trainer.state.save_to_json(str(Path(config.output_dir) / "trainer_state.json"))
+        trainer.create_model_card()  # once more, with the curves
         if before and after:
             console.print(evaluation_table(before, after))
         for what, path in (("student: ", config.output_dir), ("curves:  ", curves), ("timeline:", timeline)):

@@ -29,7 +29,7 @@ from simct.data.sources import (
     read_parquet,
 )
 
-ON_BAD_ROW = ("fail", "skip")
+ON_BAD_ROW = ("stop", "skip")
 TEXTS = ("answer", "completion", "teacher_context", "teacher")
 COLUMNS = ("prompt", "messages", *TEXTS)  # what is read to check a row
 
@@ -41,7 +41,7 @@ def load_records(
     *,
     split: str = "train",
     streaming: bool = False,
-    on_bad_row: str = "fail",
+    on_bad_row: str = "stop",
     report: Report | None = None,
 ):
     """The checked records of a file, a folder or a data set of the hub (`name` or `name:config`).
@@ -52,14 +52,14 @@ def load_records(
         split: of a folder or a hub data set; there also a slice, "train[:1000]". A file is one split, whatever its name.
         streaming: read and check rows when they are asked for. Of several files each is then a source of its own: its bad rows
             are reported at its end, and it is an error that it has no other.
-        on_bad_row: "fail", or "skip": leave bad rows out, count them and report the first few.
+        on_bad_row: "stop", or "skip": leave bad rows out, count them and report the first few.
         report: called with that text; a warning if not given.
 
     Returns:
         JSONL: a list of dictionaries, each with its `prompt`, all in memory. Parquet and hub: a `datasets.Dataset`, mapped from
         disk (`rows` reads it fast). Streaming: a `datasets.IterableDataset`, whose files are its shards.
 
-    Raises ValueError, also while a stream is read: nothing can be read there, a bad row and on_bad_row="fail", no good row at all.
+    Raises ValueError, also while a stream is read: nothing can be read there, a bad row and on_bad_row="stop", no good row at all.
     """
     if on_bad_row not in ON_BAD_ROW:
         raise ValueError(f"on_bad_row is {on_bad_row!r}: expected one of {', '.join(ON_BAD_ROW)}")
@@ -116,7 +116,7 @@ def read_prompts(path: str | Path) -> list[Record]:
         ValueError: the file is missing or holds no record; a line is not a JSON object, or has no usable `prompt` or `messages`
             (named with its line number).
     """
-    return BadRows(str(path), "fail", None, check=prompt_of).records(read_jsonl(Path(path)))
+    return BadRows(str(path), "stop", None, check=prompt_of).records(read_jsonl(Path(path)))
 
 
 def reference_answer(record: Record) -> str | None:
@@ -189,7 +189,7 @@ class BadRows:
             count += 1
             if len(first) < self.SHOWN:
                 first.append(error_line(f"{row.place}: {problem}"))
-            if self.on_bad_row == "fail":
+            if self.on_bad_row == "stop":
                 raise ValueError(first[0])
         if not kept and count:
             raise ValueError(f"data {source!r} has only bad rows, {count} of them, the first: {first[0]}")

@@ -61,7 +61,13 @@ def run_demo(
     console.print(pair_table(trainer.pair, trainer.processing_class, trainer.teacher.tokenizer))
     one, longer = ("1:1", "green"), ("longer", "yellow")
     console.print(
-        Text.assemble("\nOne text, cut by both tokenizers (", one, " SimpleOPD and SimCT, ", longer, " SimCT only):")
+        Text.assemble(
+            "\nOne text, cut by both tokenizers (",
+            one,
+            " one-to-one, which SimpleOPD supervises too, ",
+            longer,
+            " SimCT only):",
+        )
     )
     console.print(cut_text(trainer.pair.cut(SENTENCE), console.width), soft_wrap=True)
     console.print()
@@ -78,8 +84,10 @@ def run_demo(
     with console.status("evaluating on held-out prompts"):
         after = trainer.evaluate()
     student, curves = output / "student", output / "curves.png"
+    trainer.state.log_history.insert(0, {"step": 0, **before})
+    plot_curves(trainer.state.log_history, curves)
+    trainer.card_notes = {"Recipe": "demo/distil", "Data": "the demo's own prompts"}
     trainer.save_model(str(student))
-    plot_curves([{"step": 0, **before}, *trainer.state.log_history], curves)
     console.print(evaluation_table(before, after))
     console.print(f"student: {printable(student)}\ncurves:  {printable(curves)}", highlight=False)
     return {"before": before, "after": after}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from simct.console import printable, show_bytes
 from simct.inspection.report import Answer, Inspection
+from simct.pairing.coverage import in_words
 from simct.pairing.pair import TokenizerPair
 
 MANY_LONGER = 0.15  # of the response tokens; the pairs of docs/choosing-an-objective.md have 0.23 and more
@@ -71,9 +72,7 @@ _MENDS = {
 def _dropped(inspection: Inspection) -> list[Advice]:
     total = max(inspection.tokens(), 1)
     return [
-        Advice(
-            f"{count:,} of {total:,} response tokens without supervision: {reason.replace('_', ' ')}", _MENDS[reason]
-        )
+        Advice(f"{count:,} of {total:,} response tokens without supervision: {in_words(reason)}", _MENDS[reason])
         for reason, count in inspection.dropped().items()
     ]
 

@@ -13,7 +13,7 @@ from simct.console import printable
 from simct.files import replaced
 from simct.inspection.advice import Advice
 from simct.inspection.report import REASONS, SHOWN, InspectedAnswer, Inspection, ScriptRow, Stretch, Token, Vocabulary
-from simct.inspection.tables import RULES
+from simct.pairing.coverage import RULES, in_words
 
 MOST_TOKENS = 5000  # student tokens drawn on a page; about 0.6 kB each
 LOSS_STEPS = (
@@ -266,7 +266,7 @@ def describe(stretch: Stretch, most: int | None = None) -> str:
 def _coverage(inspection: Inspection) -> str:
     coverage, rows = inspection.coverage, []
     for rule, share in coverage.rules.items():
-        why = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in share.dropped.items())
+        why = ", ".join(f"{in_words(reason)} {count:,}" for reason, count in share.dropped.items())
         rows.append(
             f'<tr><th scope="row">{escape(RULES[rule])}</th><td class="n">{share.single:.1%}</td>'
             f'<td class="n">{share.longer:.1%}</td><td class="n">{share.lost:.1%}</td>'
@@ -312,7 +312,7 @@ def _dropped(inspection: Inspection) -> str:
     if not dropped:
         return "<h2>What was dropped, and why</h2><p>Nothing: every student token is in a unit.</p>"
     rows = "".join(
-        f'<tr><th scope="row">{escape(reason.replace("_", " "))}</th><td class="n">{count:,}</td>'
+        f'<tr><th scope="row">{escape(in_words(reason))}</th><td class="n">{count:,}</td>'
         f'<td class="n">{count / total:.1%}</td><td>{escape(REASONS[reason])}</td></tr>'
         for reason, count in dropped.items()
     )

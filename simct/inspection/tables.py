@@ -8,16 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from simct.console import printable, show_bytes
-from simct.pairing.coverage import Coverage
+from simct.pairing.coverage import RULES, Coverage, in_words
 from simct.pairing.pair import Cut, TokenizerPair
 
 STYLES = {"single": "green", "longer": "yellow", "lost": "bold red"}
-RULES = {
-    "simpleopd_public": "SimpleOPD, public code (strings)",
-    "simct_public": "SimCT, public code (anchored)",
-    "simpleopd": "SimpleOPD by bytes (units=single)",
-    "simct": "SimCT by bytes",
-}
 
 
 def pair_table(pair: TokenizerPair, student, teacher) -> Table:
@@ -51,11 +45,11 @@ def coverage_table(coverage: Coverage) -> Table:
         f"shared vocabulary {coverage.shared:,} by bytes, {coverage.shared_by_string:,} by string",
     )
     table.add_column("alignment")
-    for column, style in ("1:1 units", "green"), ("longer units", "yellow"), ("without supervision", "red"):
+    for column, style in ("one-to-one", "green"), ("longer", "yellow"), ("lost", "red"):
         table.add_column(column, justify="right", style=style)
     table.add_column("why lost")
     for rule, row in coverage.rules.items():
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in row.dropped.items())
+        reasons = ", ".join(f"{in_words(reason)} {count:,}" for reason, count in row.dropped.items())
         table.add_row(RULES[rule], f"{row.single:.1%}", f"{row.longer:.1%}", f"{row.lost:.1%}", reasons)
     return table
 
@@ -77,7 +71,7 @@ def cut_text(cuts: list[Cut], width: int = 80) -> Text:
             line.append(" ")
     single, longer, lost = (sum(len(c.student) for c in cuts if kind_of(c) == kind) for kind in STYLES)
     total = single + longer + lost
-    summary = f"Of {total} student tokens SimpleOPD supervises {single}, SimCT {single + longer}."
+    summary = f"Of {total} student tokens {single} are one-to-one: SimpleOPD supervises those, SimCT {single + longer}."
     return Text("\n").join([*lines, student, teacher, Text(summary)])
 
 

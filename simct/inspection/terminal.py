@@ -11,6 +11,7 @@ from simct.inspection.advice import Advice
 from simct.inspection.page import LOSS_STEPS, bucket, bucket_names, left_out
 from simct.inspection.report import REASONS, SHOWN, Inspection, Stretch, Token
 from simct.inspection.tables import STYLES, coverage_table
+from simct.pairing.coverage import in_words
 
 DRAWN_TOKENS = 300
 # Dark to light as the loss rises (cividis, safe for the colour-blind), with letters that stand out.
@@ -120,7 +121,7 @@ def _dropped(dropped: dict[str, int], total: int) -> Table:
     table.add_column("student tokens", justify="right")
     table.add_column("")
     for reason, count in dropped.items():
-        table.add_row(reason.replace("_", " "), f"{count:,} ({count / total:.1%})", REASONS[reason])
+        table.add_row(in_words(reason), f"{count:,} ({count / total:.1%})", REASONS[reason])
     return table
 
 

@@ -102,6 +102,8 @@ def with_adapter(model: PreTrainedModel, peft_config):
                 # bitsandbytes packs weights on a CPU when something is sampled, and no gradient passes what it packed.
                 module.support_avx512bf16_for_cpu = False
     try:
-        return get_peft_model(model, peft_config)
+        with warnings.catch_warnings():  # PEFT asks transformers for it by a name that is to go
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            return get_peft_model(model, peft_config)
     except Exception as error:  # PEFT looks at its options where it uses them
         raise ValueError(f"peft_config does not fit the student: {error_line(error)}") from error

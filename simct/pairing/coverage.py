@@ -7,6 +7,23 @@ from dataclasses import asdict, dataclass
 # marker.
 _MARKERS = ("Ġ", "▁")
 
+# The rules, as tables call them.
+RULES = {
+    "simpleopd_public": "one-to-one tokens only, by string (SimpleOPD, public code)",
+    "simct_public": "the public code's rule (alignment=anchored)",
+    "simpleopd": "one-to-one tokens only, by bytes (units=single)",
+    "simct": "SimCT by bytes (default)",
+}
+
+
+def in_words(reason: str) -> str:
+    """Why tokens have no supervision, as tables call it."""
+    return {
+        "not_matched": "not equal as strings",
+        "anchored_tail": "after the last equal tokens",
+        "longer_unit": "in longer units",
+    }.get(reason, reason.replace("_", " "))
+
 
 @dataclass(frozen=True)
 class RuleCoverage:

@@ -188,6 +188,7 @@ class Checkpoints:
         shutil.rmtree(new, ignore_errors=True)
         merged.save_pretrained(new)
         self.processing_class.save_pretrained(new)
+        self.write_card(new)
         move_model(new, Path(output_dir))
 
     def _get_output_dir(self, trial) -> str:

@@ -81,7 +81,7 @@ def usable_records(name: str, dataset, student: nn.Module, render, scorers: dict
             place = place_of(dataset, number)
             where = f"{name}, record {number}" if place is None else f"{place} ({name}, record {number})"
             first = first or error_line(f"{where}: {error}")
-            if config.on_bad_row == "fail":
+            if config.on_bad_row == "stop":
                 raise ValueError(first) from error
     skipped = len(dataset) - len(good)
     if not skipped:
@@ -103,7 +103,7 @@ def usable_of_stream(
             good.append(record)
         except ValueError as error:
             problems.append(error_line(f"train_dataset, streamed record {short(record)}: {error}"))
-            if config.on_bad_row == "fail":
+            if config.on_bad_row == "stop":
                 raise ValueError(problems[-1]) from error
     return good, problems
 

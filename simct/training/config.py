@@ -109,11 +109,14 @@ class SimCTConfig(TrainingArguments):
         None, "Options of the teacher's chat template, as JSON; the student's if not given."
     )
     teacher_system_prompt: str | None = option(None, "A system prompt that the teacher reads and the student does not.")
-    on_bad_row: str = option("fail", "A record that cannot be used: fail, or skip it and count it.")
+    on_bad_row: str = option("stop", "A record that cannot be used: stop the run, or skip the record and count it.")
 
     # Memory and speed
     max_tokens_per_batch: int | None = option(
         None, "Most student tokens of one forward pass; the whole per-device batch if not given."
+    )
+    gradient_checkpointing: bool | None = option(
+        None, "Compute activations again in the backward pass, in place of keeping them.", nargs="?", const=True
     )
     packing: str = option("auto", "Packed forward passes without padding: auto (where the model allows it), on, off.")
     offload_teacher: bool = option(False, "Keep the teacher in main memory except while it scores.")
@@ -193,6 +196,9 @@ class SimCTConfig(TrainingArguments):
         if (self.metric_for_best_model or "").endswith("reverse_kl_per_byte") and self.greater_is_better is None:
             self.greater_is_better = False
         self._check_numbers()
+        # transformers 5.21 and later have a new name, and warn of the one that all supported versions know.
+        if getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         for name in (
             "model_init_kwargs",
@@ -219,7 +225,7 @@ class SimCTConfig(TrainingArguments):
         one_of("objective", self.objective, OBJECTIVES)
         one_of("packing", self.packing, ("auto", "on", "off"))
         one_of("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
-        one_of("on_bad_row", self.on_bad_row, ("fail", "skip"))
+        one_of("on_bad_row", self.on_bad_row, ("stop", "skip"))
         one_of("rollout_dtype", self.rollout_dtype, (None, "float32", "bfloat16", "float16"))
         for name in "on_policy_fraction", "merge_ratio", "mask_longer":
             if not 0 <= getattr(self, name) <= 1:

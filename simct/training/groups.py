@@ -50,8 +50,11 @@ GROUPS = {
     ),
     "memory": Group(
         "Memory and speed",
-        ("max_tokens_per_batch", "packing", "offload_teacher", "backend", "chunk_rows", "dry_run", "assume_memory_gb"),
-        ("bf16", "fp16", "use_cpu", "gradient_checkpointing", "fsdp", "torch_compile"),
+        (
+            "max_tokens_per_batch", "packing", "gradient_checkpointing", "offload_teacher", "backend", "chunk_rows", "dry_run",
+            "assume_memory_gb",
+        ),
+        ("bf16", "fp16", "use_cpu", "fsdp", "torch_compile"),
     ),
     "served": Group("A teacher behind a server", ("teacher_url", "teacher_top_k", "teacher_server_kwargs")),
     "saving": Group(

@@ -43,6 +43,7 @@ from simct.training.evaluation import Evaluation
 from simct.training.faults import is_out_of_memory, release_memory
 from simct.training.guards import Guards
 from simct.training.micro_batches import MicroBatch, empty, split
+from simct.training.model_card import ModelCards
 from simct.training.objectives import supervised_units, unit_loss
 from simct.training.recorder import Recorder
 from simct.training.samples import Samples
@@ -50,7 +51,7 @@ from simct_kernels import LMHead, token_statistics
 from simct_kernels.backends import choose as choose_backend
 
 
-class SimCTTrainer(Guards, Checkpoints, Evaluation, Trainer):
+class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
     """Distils `teacher` into `model` on the student's own samples; the two may have different tokenizers.
 
     Args:

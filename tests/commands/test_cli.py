@@ -160,9 +160,9 @@ def test_train_from_a_yaml_file_with_the_command_line_on_top(simct, tmp_path, da
 def test_inspect(simct, tmp_path):
     (tmp_path / "text.txt").write_text("Return the codec's StreamWriter.\n\nNa\u00efve caf\u00e9, 12 345.")
     output = simct("inspect", STUDENT, TEACHER, "--text", "text.txt")
-    assert "shared vocabulary" in output and "2 texts" in output and "SimpleOPD by bytes" in output
-    assert "100.0%" not in next(line for line in output.splitlines() if "SimpleOPD, public code" in line)
-    assert output.index("What follows from the figures") < output.index("SimpleOPD by bytes")
+    assert "shared vocabulary" in output and "2 texts" in output and "by bytes (units=single)" in output
+    assert "100.0%" not in next(line for line in output.splitlines() if "by string (SimpleOPD, public code)" in line)
+    assert output.index("What follows from the figures") < output.index("by bytes (units=single)")
     assert "by script" not in output
     verbose = simct("inspect", STUDENT, TEACHER, "--verbose")
     assert "SimCT by bytes" in verbose and "Shared vocabulary by script" in verbose

@@ -179,7 +179,7 @@ def test_bad_rows_are_left_out_and_said(tmp_path):
     lines = (ASSETS / "train.jsonl").read_text().splitlines()[:16]
     data.write_text("\n".join([*lines[:3], '{"prompt": 7}', *lines[3:], "not JSON"]))
     with pytest.raises(SystemExit):
-        main(words(tmp_path / "fail", data=data))
+        main(words(tmp_path / "stop", data=data))
     with pytest.warns(UserWarning, match=r"2 of 18 rows of .*data.jsonl, line 4: .*; .*line 18: "):
         log, _ = run(tmp_path / "skip", data=data, on_bad_row="skip")
     assert len(log) == 2

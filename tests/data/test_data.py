@@ -255,7 +255,7 @@ def test_what_is_not_there_is_named(tmp_path):
     parquet(tmp_path / "both" / "b.parquet", {"prompt": "x"})
     with pytest.raises(ValueError, match="both JSONL and Parquet"):
         load_records(tmp_path / "both")
-    with pytest.raises(ValueError, match="on_bad_row is 'drop': expected one of fail, skip"):
+    with pytest.raises(ValueError, match="on_bad_row is 'drop': expected one of stop, skip"):
         load_records(tmp_path / "both", on_bad_row="drop")
 
 

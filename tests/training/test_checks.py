@@ -42,7 +42,7 @@ def usable(records, on_bad_row: str):
 def test_a_bad_record_is_named_before_the_first_step_or_left_out_and_counted(bad, message):
     records = [{"prompt": "one"}, bad, {"prompt": "two"}]
     with pytest.raises(ValueError, match=f"train_dataset, record 1: {message}"):
-        usable(records, "fail")
+        usable(records, "stop")
     with pytest.warns(UserWarning, match=f"1 of 3 records are skipped; train_dataset, record 1: {message}") as told:
         assert usable(records, "skip") == ([records[0], records[2]], 1)
     assert all(c.isprintable() for c in str(told[0].message))
@@ -53,17 +53,17 @@ def test_a_record_of_a_file_is_named_by_its_line(tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     records = load_records(tmp_path / "data.jsonl", on_bad_row="skip", report=lambda text: None)
     with pytest.raises(ValueError, match=r"data.jsonl, line 4 \(train_dataset, record 2\): refused"):
-        usable(records, "fail")
+        usable(records, "stop")
     Dataset.from_list([{"prompt": "one"}, {"prompt": "refused"}]).to_parquet(tmp_path / "data.parquet")
     with pytest.raises(ValueError, match=r"data.parquet, row 1 \(train_dataset, record 1\): refused"):
-        usable(load_records(tmp_path / "data.parquet"), "fail")
+        usable(load_records(tmp_path / "data.parquet"), "stop")
 
 
 def test_a_table_of_the_users_own_may_hold_what_is_no_text():
     words = pa.array([b"one", b"\xff", b"three"], pa.binary())
     records = Dataset(pa.table({"prompt": pa.Array.from_buffers(pa.string(), 3, words.buffers())}))
     with pytest.raises(ValueError, match="train_dataset, record 1: field 'prompt' is not UTF-8"):
-        usable(records, "fail")
+        usable(records, "stop")
     with pytest.warns(UserWarning, match="1 of 3 records are skipped"):
         found, skipped = usable(records, "skip")
     assert found["prompt"][:] == ["one", "three"] and skipped == 1
