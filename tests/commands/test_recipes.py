@@ -48,7 +48,7 @@ def test_every_pair_has_every_step():
 
 
 @pytest.mark.parametrize("name", DISTIL)
-def test_options_of_a_distillation_are_options_of_simct_train(name, tmp_path):
+def test_options_of_a_distillation_are_options_of_simct_train(name, tmp_path, recwarn):
     options = options_of(name)
     unknown = set(options) - names_of(SimCTConfig, RunArguments) - NEW_FIELDS
     assert not unknown
@@ -56,6 +56,7 @@ def test_options_of_a_distillation_are_options_of_simct_train(name, tmp_path):
     for key in set(options) & names_of(SimCTConfig) - {"output_dir", "bf16", "use_cpu"}:
         value = getattr(config, key)
         assert str(getattr(value, "value", value)) == str(options[key]), key
+    assert not [str(found.message) for found in recwarn if issubclass(found.category, FutureWarning)]
 
 
 @pytest.mark.parametrize("name", DISTIL)
