@@ -1,6 +1,6 @@
 """`python -m simct.data.math_code data/math-code.jsonl`: the prompts of the recipes, 5,800 of mathematics and 4,200 of code.
 
-Sources and counts are those of the scripts that the authors of SimCT published with the paper; which rows they drew is not known, so
+Sources and counts are those of the scripts that the authors of SimCT published with the paper; which rows they drew is not known:
 the draw is another one. A part of each data set is read from the hub; the column `source` says where a prompt is from, and which
 licence it is under. Of GSM8K and MATH, which the paper evaluates on, the training halves are read.
 """
