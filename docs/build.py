@@ -1,13 +1,12 @@
 """`python docs/build.py FOLDER`: the API reference of the installed packages, from their docstrings, as HTML pages in FOLDER.
 
-Also writes docs/options.md from `SimCTConfig`, and stops at a link between the Markdown files that leads nowhere.
+Also writes docs/options.md from the options' own texts, and stops at a link between the Markdown files that leads nowhere.
 """
 
 import argparse
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -15,6 +14,7 @@ OPTIONS = ROOT / "docs" / "options.md"
 MODULES = (
     "simct",
     "simct.training.config",
+    "simct.training.options",
     "simct.pairing.padded",
     "simct.pairing.pair",
     "simct.rollouts.protocol",
@@ -40,9 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def options_page() -> str:
-    """The options that this package adds to `TrainingArguments`, or whose default it changes, grouped as in help."""
-    from simct.commands.train import RunArguments
-    from simct.training.config import SimCTConfig
+    """The options that this package adds to `TrainingArguments`, and those of it that belong to their subjects, as in help."""
+    from simct.commands.train_help import own_options
     from simct.training.groups import GROUPS
 
     lines = [
@@ -51,17 +50,21 @@ def options_page() -> str:
         "Options of `simct train` (`--name value`) and keys of its `--config` file; all but those of the run's files and models",
         "are fields of `SimCTConfig`. Everything else of",
         "[`transformers.TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer) is there too.",
-        "When to change which: [training](training.md), [choosing an objective](choosing-an-objective.md),",
-        "[troubleshooting](troubleshooting.md). Written by `docs/build.py`; `simct train --help GROUP` prints the same.",
+        "`simct train --help GROUP` prints the same; the page is written from it by `docs/build.py`.",
     ]
-    known = {field.name: field for field in (*fields(RunArguments), *fields(SimCTConfig))}
+    known = own_options()
     for group in GROUPS.values():
-        lines += ["", f"## {group.title}", "", "| option | default | |", "|---|---|---|"]
-        for name in group.own:
-            field = known[name]
-            text = field.metadata["help"].replace("|", r"\|")
-            default = "" if field.default is MISSING else f"`{field.default}`"
-            lines.append(f"| `{name}` | {default} | {text} |")
+        lines += [
+            "",
+            f"## {group.title}",
+            "",
+            "| option | default | what it is | when to change it |",
+            "|---|---|---|---|",
+        ]
+        for name in (*group.own, *group.inherited):
+            default, what, when = known[name]
+            shown = "" if default is None else f"`{default}`"
+            lines.append(f"| `{name}` | {shown} | {what} | {when} |")
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,7 @@ from bench.record import REPOSITORY
 from simct import SimCTConfig
 from simct.commands.train import RunArguments
 from simct.training.groups import GROUPS, HIDDEN
+from simct.training.options import INHERITED, SimCTOptions
 
 BUILD = REPOSITORY / "docs" / "build.py"
 
@@ -22,6 +23,9 @@ def test_options_are_those_of_the_code():
     page = runpy.run_path(str(BUILD))["options_page"]()
     assert (REPOSITORY / "docs" / "options.md").read_text(encoding="utf-8") == page, "run docs/build.py"
     assert "| `beta` | `1.0` |" in page and page.count("\n## ") == 9
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) > 80 and all(len(row) == 4 for row in rows)
+    assert not [row[0] for row in rows if len(row[3].rstrip(" |")) < 5], "when to change it is not said"
 
 
 def test_links_lead_somewhere(tmp_path):
@@ -48,9 +52,11 @@ def test_every_option_is_in_one_group():
     own = [name for group in GROUPS.values() for name in group.own]
     inherited = [name for group in GROUPS.values() for name in group.inherited]
     assert len({*own, *inherited}) == len([*own, *inherited])
-    assert set(own) == {field.name for field in fields(RunArguments)} | set(SimCTConfig.__annotations__)
+    assert set(own) == {field.name for field in fields(RunArguments)} | {field.name for field in fields(SimCTOptions)}
     assert {*inherited, *HIDDEN} <= {field.name for field in fields(SimCTConfig)} - set(own)
-    assert not {*inherited} & {*HIDDEN}
+    assert not {*inherited} & {*HIDDEN} and set(inherited) == set(INHERITED)
+    defaults = {field.name: getattr(field.default, "value", field.default) for field in fields(SimCTConfig)}
+    assert {name: option.default for name, option in INHERITED.items()} == {name: defaults[name] for name in INHERITED}
 
 
 def test_api_reference_builds(tmp_path):

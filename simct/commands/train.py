@@ -2,10 +2,11 @@
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from simct.console import before_work, console, printable
+from simct.training.options import option, required
 
 FIRST_EVALUATION = "evaluation_before.json"  # in the output folder: what a resumed run compares with
 
@@ -17,34 +18,42 @@ ASSUMED_GPU_GB, ASSUMED_PROMPT_TOKENS = 80, 512
 class RunArguments:
     """What a training run reads. Every option of `SimCTConfig` is an option of `simct train` as well."""
 
-    student: str = field(metadata={"help": "The student: a folder or hub name."})
-    teacher: str = field(
-        metadata={
-            "help": "The teacher: a folder or hub name (with teacher_url: of its tokenizer); or several, as JSON, by the names in "
-            "the column `teacher`."
-        }
+    student: str = required("The student: a folder or hub name.", "Always.")
+    teacher: str = required(
+        "The teacher: a folder or hub name (with teacher_url: of its tokenizer); or several, as JSON, by the names in the column "
+        "`teacher`.",
+        "Always.",
     )
-    data: str = field(
-        metadata={
-            "help": "Prompts: a JSONL or Parquet file, a folder of either, or a hub data set (name or name:config)."
-        }
+    data: str = required(
+        "Prompts: a JSONL or Parquet file, a folder of either, or a hub data set (name or name:config).", "Always."
     )
-    data_split: str = field(default="train", metadata={"help": "Split of a folder or hub data set."})
-    streaming: bool = field(
-        default=False, metadata={"help": "Read and check the data while training (needs max_steps)."}
+    data_split: str = option("train", "Split of a folder or hub data set.", "`train[:1000]` for a trial.")
+    streaming: bool = option(
+        False,
+        "Read and check the data while training (needs max_steps).",
+        "For data larger than the memory or the disk.",
     )
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out prompts, evaluated before and after."})
-    eval_prompts: int = field(default=0, metadata={"help": "Without eval_data: hold out this many prompts of data."})
-    peft_config: str | None = field(
-        default=None,
-        metadata={"help": 'Train an adapter: a PEFT configuration as JSON, {"peft_type": "LORA", "r": 16, ...}.'},
+    eval_data: str | None = option(
+        None, "Held-out prompts, evaluated before and after.", "Where there is a test set: it says what was gained."
     )
-    merge_adapter: bool = field(default=False, metadata={"help": "Save the student with its adapter merged."})
-    dry_run: bool = field(
-        default=False, metadata={"help": "Print the resolved options, the pair and the memory by part, and stop."}
+    eval_prompts: int = option(
+        0, "Without eval_data: hold out this many prompts of data.", "64 and more, to see what was gained."
     )
-    assume_memory_gb: float | None = field(
-        default=None, metadata={"help": "dry_run: the memory of the device that the run is meant for."}
+    peft_config: str | None = option(
+        None,
+        'Train an adapter: a PEFT configuration as JSON, {"peft_type": "LORA", "r": 16, ...}.',
+        "When memory is short, or the base should stay as it is; with a learning rate of 1e-4 or so.",
+    )
+    merge_adapter: bool = option(
+        False, "Save the student with its adapter merged.", "For servers and tools that read whole models only."
+    )
+    dry_run: bool = option(
+        False,
+        "Print the resolved options, the pair and the memory by part, and stop.",
+        "Before each long run.",
+    )
+    assume_memory_gb: float | None = option(
+        None, "dry_run: the memory of the device that the run is meant for.", "When that device is not here."
     )
 
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from simct.training.groups import EXAMPLE, FIRST, GROUPS, HIDDEN
+from simct.training.options import INHERITED as OF_TRAINER
+from simct.training.options import SimCTOptions
 
 INHERITED = "transformers"
 
@@ -21,7 +23,7 @@ def asked(argv: list[str]) -> str | None:
 
 
 def help_text(topic: str) -> str:
-    """ValueError for a topic that is none. Only the first page does without PyTorch."""
+    """ValueError for a topic that is none. Only the Trainer's own options wait for PyTorch."""
     if not topic:
         return "\n".join(first_page())
     names = (*GROUPS, INHERITED, "all")
@@ -51,30 +53,40 @@ def first_page() -> Iterator[str]:
 
 
 def group_page(name: str) -> Iterator[str]:
-    fields = options()
-    grouped = [option for group in GROUPS.values() for option in (*group.own, *group.inherited)]
     if name == INHERITED:
-        title = "Inherited from transformers.TrainingArguments"
-        members: Iterable[str] = [option for option in fields if option not in grouped and option not in HIDDEN]
+        title, options = "Inherited from transformers.TrainingArguments", inherited_options()
     else:
         group = GROUPS[name]
-        title, members = group.title, (*group.own, *group.inherited)
+        known = own_options()
+        title, options = group.title, {option: known[option] for option in (*group.own, *group.inherited)}
     yield f"{title} ({name})"
-    for option in members:
-        default, text = fields[option]
+    for option, (default, what, when) in options.items():
         yield f"  --{option}" + ("" if default is None else f"  [{default}]")
-        yield from textwrap.wrap(text, 96, initial_indent="      ", subsequent_indent="      ")
+        yield from textwrap.wrap(what, 96, initial_indent="      ", subsequent_indent="      ")
+        if when:
+            yield from textwrap.wrap(f"Change it: {when}", 96, initial_indent="      ", subsequent_indent="      ")
 
 
-def options() -> dict[str, tuple[object, str]]:
-    """Of each option its default (None if there is none) and the first sentences of what it is."""
+def own_options() -> dict[str, tuple[object, str, str]]:
+    """Of each option of a subject its default (None if there is none), what it is and when to change it. Without PyTorch."""
     from simct.commands.train import RunArguments
+
+    found: dict[str, tuple[object, str, str]] = {}
+    for field in (*dataclasses.fields(RunArguments), *dataclasses.fields(SimCTOptions)):
+        what, when = field.metadata["help"].split("\n")
+        found[field.name] = (None if field.default is dataclasses.MISSING else field.default, what, when)
+    return {**found, **{name: tuple(inherited) for name, inherited in OF_TRAINER.items()}}
+
+
+def inherited_options() -> dict[str, tuple[object, str, str]]:
+    """The Trainer's other options, with the first sentences of what it says of them; without those that are deprecated, or have no
+    meaning here."""
     from simct.training.config import SimCTConfig
 
-    found = {}
-    for field in (*dataclasses.fields(RunArguments), *dataclasses.fields(SimCTConfig)):
-        if field.init:
-            text = " ".join(str(field.metadata.get("help", "")).split())
+    found, known = {}, own_options()
+    for field in dataclasses.fields(SimCTConfig):
+        text = " ".join(str(field.metadata.get("help", "")).replace("%%", "%").split())
+        if field.init and field.name not in known and field.name not in HIDDEN and "eprecated" not in text:
             default = None if field.default is dataclasses.MISSING else getattr(field.default, "value", field.default)
-            found[field.name] = (default, textwrap.shorten(text, 400, placeholder=" ..."))
+            found[field.name] = (default, textwrap.shorten(text, 400, placeholder=" ..."), "")
     return found

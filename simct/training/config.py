@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from transformers import TrainingArguments
@@ -10,14 +10,11 @@ from transformers import TrainingArguments
 from simct.data.prompts import PROMPT_FORMATS
 from simct.rollouts.protocol import ENGINES, Sampling
 from simct.secrets import hide_options, read_address, read_key, shown_text, without_secrets
+from simct.training.options import SimCTOptions
 from simct_kernels.options import CANDIDATES, SCORES
 
 PREFIX_OBJECTIVES = ("bpm", "escd")  # they read `simct_kernels.PrefixTables`
 OBJECTIVES = ("simct", *PREFIX_OBJECTIVES, "uld", "alm")
-
-
-def option(default, help: str, **metadata):
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 def one_of(name: str, value, choices) -> None:
@@ -53,141 +50,13 @@ def mapping(name: str, value, otherwise: str = ""):
 
 
 @dataclass
-class SimCTConfig(TrainingArguments):
+class SimCTConfig(SimCTOptions, TrainingArguments):
     """Arguments of `SimCTTrainer`. Defaults of the method follow the paper (arXiv 2605.07711, Table 4).
 
     An optimiser step reads `per_device_train_batch_size * gradient_accumulation_steps` prompts per process and samples
     `num_generations` responses to each, all at once. How many of them go through the models at a time is `max_tokens_per_batch`'s
     matter, and changes no result.
     """
-
-    # The paper's optimisation (Table 4) where it differs from the TrainingArguments' defaults.
-    learning_rate: float = option(1e-6, "Peak learning rate.")
-    lr_scheduler_type: str = option("cosine", "Learning-rate schedule.")
-    warmup_steps: float = option(0.05, "Warm-up: a number of steps, or below 1 a share of the run.")
-    logging_steps: float = option(10, "Steps from one log to the next.")
-    logging_first_step: bool = option(True, "Log the first ten steps, each: a new run should be seen.")
-    remove_unused_columns: bool = option(False, "Leave off: prompts are rendered by the trainer.")
-    logging_nan_inf_filter: bool = option(False, "Leave off: a NaN loss should be seen.")
-
-    # Rollouts
-    max_new_tokens: int = option(1024, "Longest response, in student tokens.")
-    temperature: float = option(0.6, "Sampling temperature of the rollouts; 0 is greedy.")
-    top_p: float = option(0.95, "Nucleus sampling of the rollouts.")
-    stop_strings: list[str] | None = option(None, "Texts that end a response.")
-    num_generations: int = option(1, "Responses to each prompt.")
-    num_iterations: int = option(1, "Optimiser steps that each batch of rollouts is used for.")
-    on_policy_fraction: float = option(
-        1.0, "Share of responses sampled by the student; the others are answers from the data, where it has one."
-    )
-    rollout_engine: str = option("auto", f"Where samples come from: {', '.join(ENGINES)}.")
-    rollout_dtype: str | None = option(
-        None,
-        "Sample from a copy of the student in this precision: float32, bfloat16, float16. Not given: bfloat16 where "
-        "float32 weights are trained with --bf16 on a GPU, else no copy.",
-    )
-    kv_cache_gb: float | None = option(None, "Memory for the rollouts' keys and values; by free memory if not given.")
-    max_logprob_gap: float = option(
-        0.2, "Warn if the engine's log-probabilities of its samples are this far from the trainer's own, on average."
-    )
-    vllm_gpu_memory_utilization: float | None = option(
-        None, "rollout_engine=vllm, in this process: its share of the GPU's memory."
-    )
-    vllm_server_url: str | None = option(None, "rollout_engine=vllm-server: where it listens, http://host:port.")
-    vllm_sync_dir: str | None = option(
-        None, "rollout_engine=vllm-server: a folder that trainer and server both see, for the weights."
-    )
-
-    # Prompts
-    prompt_format: str = option(
-        "auto", f"How prompts are rendered, for each model on its own: {', '.join(PROMPT_FORMATS)}."
-    )
-    chat_template_kwargs: dict | str | None = option(
-        None, "Options of the student's chat template, as JSON: '{\"enable_thinking\": false}'."
-    )
-    teacher_chat_template_kwargs: dict | str | None = option(
-        None, "Options of the teacher's chat template, as JSON; the student's if not given."
-    )
-    teacher_system_prompt: str | None = option(None, "A system prompt that the teacher reads and the student does not.")
-    on_bad_row: str = option("stop", "A record that cannot be used: stop the run, or skip the record and count it.")
-
-    # Memory and speed
-    max_tokens_per_batch: int | None = option(
-        None, "Most student tokens of one forward pass; the whole per-device batch if not given."
-    )
-    gradient_checkpointing: bool | None = option(
-        None, "Compute activations again in the backward pass, in place of keeping them.", nargs="?", const=True
-    )
-    packing: str = option("auto", "Packed forward passes without padding: auto (where the model allows it), on, off.")
-    offload_teacher: bool = option(False, "Keep the teacher in main memory except while it scores.")
-    on_nonfinite: str = option(
-        "stop",
-        "A loss or gradient that is no number, or a step without a unit to learn from: stop the run, or skip the step. Either is "
-        "written down.",
-    )
-    allow_changed_run: bool = option(
-        False,
-        "Resume though data, seed, batch size or num_generations are not the checkpoint's: a warning, not an error; rollouts "
-        "in use are drawn anew.",
-    )
-
-    # Objective
-    beta: float = option(1.0, "Divergence: 1 reverse KL, 0 forward KL, between them the generalised JSD.")
-    loss_temperature: float = option(1.0, "Temperature of the candidate softmax (Eq. 8).")
-    score: str = option("mean_logprob", "Score of a continuation: mean_logprob (Eq. 7), sum_logprob or mean_logit.")
-    candidates: str = option(
-        "paper", "Candidates of a unit: paper, or disjoint (no shared token overlaps the continuation)."
-    )
-    top_k: int | None = option(None, "Keep only the student's own k most probable shared tokens of each unit.")
-    teacher_mass_floor: float | None = option(
-        None, "Mask units on whose candidates the teacher puts less than this mass."
-    )
-    alignment: str = option("bytes", "bytes: the minimal partition; anchored: the rule of the authors' public code.")
-    objective: str = option(
-        "simct", "simct; on byte prefixes: bpm, escd (forward KL); baselines on the same alignment: uld, alm."
-    )
-    units: str = option(
-        "all",
-        "all: SimCT; single: only one-to-one units (SimpleOPD on the byte alignment); merged: neighbours merged at random.",
-    )
-    merge_ratio: float = option(0.3, "units=merged: the share of units that is merged with the next one.")
-    mask_longer: float = option(0.0, "Share of the longer units that is left out, at random (an ablation).")
-    special_tokens: dict | str | None = option(
-        "auto", "Student to teacher special tokens, as JSON; auto maps the end of turn."
-    )
-    backend: str = option("auto", "Backend of the loss: auto, triton, torch or reference.")
-    chunk_rows: int | None = option(
-        None, "Rows of logits that the loss holds at a time; chosen by device if not given."
-    )
-
-    # A teacher behind a server
-    teacher_url: dict | str | None = option(
-        None,
-        "The teacher is served there, http://host:port (vLLM or SGLang), and `teacher` names its tokenizer; of several teachers, "
-        "addresses by name, as JSON.",
-    )
-    teacher_top_k: int = option(64, "A served teacher's log-probabilities of each row; at most its server's limit.")
-    teacher_server_kwargs: dict | str | None = option(
-        None, "More options of ServedTeacher, as JSON: timeout, patience, wait, concurrency, vocab_size, model_name ..."
-    )
-
-    # Evaluation
-    eval_num_generations: int = option(1, "Graded answers to each held-out prompt with an `answer`.")
-    eval_temperature: float = option(0.0, "Their sampling temperature; 0 is greedy.")
-    inspect_samples: int = option(
-        0, "Responses of each evaluation that are drawn with both models' scores, as inspect-STEP.html."
-    )
-
-    # Models given as paths
-    model_init_kwargs: dict | str | None = option(
-        None, "Keyword arguments of from_pretrained for the student, as JSON."
-    )
-    teacher_model_init_kwargs: dict | str | None = option(
-        None, "Keyword arguments of from_pretrained for the teacher, as JSON."
-    )
-    allow_missing_weights: bool = option(
-        False, "Train though a model's files lack some of its weights, which are then random: a warning, not an error."
-    )
 
     def __post_init__(self) -> None:
         # What `evaluate` measures, and less of it is better; there is no evaluation loss.

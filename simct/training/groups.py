@@ -100,5 +100,5 @@ HIDDEN = (
     "label_names", "label_smoothing_factor", "include_for_metrics", "prediction_loss_only", "eval_accumulation_steps",
     "length_column_name", "train_sampling_strategy", "batch_eval_metrics", "neftune_noise_alpha",
     "include_num_input_tokens_seen", "do_train", "do_eval", "do_predict", "debug", "eval_do_concat_batches", "eval_on_start",
-    "average_tokens_across_devices", "auto_find_batch_size",
+    "average_tokens_across_devices", "auto_find_batch_size", "activation_checkpointing",
 )  # fmt: skip

@@ -132,6 +132,12 @@ def test_a_run_as_it_comes(simct, tmp_path, data):
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert history[0] == {"step": 0, **before}
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3]
+    # Held-out prompts would become prompts to train on.
+    changed = [word if word != 4 else 2 for word in options]
+    refused = simct("train", *changed, *saving, "--max_steps", 4, "--resume_from_checkpoint", "latest", code=2)
+    assert "is of another run: the data are not the same" in refused
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "- Recipe: `demo/distil`" in card and "| held-out prompts | step 0 | step 3 |" in card
 
 
 def test_a_dry_run_needs_neither_the_data_nor_the_device(simct, tmp_path):

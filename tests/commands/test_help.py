@@ -10,15 +10,22 @@ from simct import SimCTConfig
 from simct.commands.options import OptionParser
 from simct.commands.recipe import COMMANDS, list_recipes
 from simct.commands.train import RunArguments
+from simct.commands.train_help import own_options
+from simct.data.prompts import PROMPT_FORMATS
 from simct.demo import ASSETS
+from simct.rollouts.protocol import ENGINES
+from simct.training.config import OBJECTIVES
 from simct.training.groups import FIRST, GROUPS, HIDDEN
+from simct_kernels.options import CANDIDATES, SCORES
 
 
 def test_help_does_not_wait_for_pytorch():
     program = (
         "import sys\n"
         "from simct.commands.cli import main\n"
-        "for words in ['--help'], ['--version'], ['train', '--help'], ['inspect', '--help'], ['recipes']:\n"
+        "from simct.training.groups import GROUPS\n"
+        "pages = [['train', '--help', name] for name in GROUPS]\n"
+        "for words in ['--help'], ['--version'], ['train', '--help'], ['inspect', '--help'], ['recipes'], *pages:\n"
         "    try:\n"
         "        main(words)\n"
         "    except SystemExit as end:\n"
@@ -28,6 +35,7 @@ def test_help_does_not_wait_for_pytorch():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("slow: []\n") and f"simct {simct.__version__}" in done.stdout
+    assert "Divergence: 1 reverse KL" in done.stdout  # a page of a subject
 
 
 def test_the_first_page(ended):
@@ -53,6 +61,17 @@ def test_a_page_of_each_subject(ended):
     assert len(shown) == len(set(shown)) > 150 and not set(HIDDEN) & set(shown)
     assert not any("-" in name for name in shown)
     assert "Divergence: 1 reverse KL" in everything
+    assert "eprecated" not in everything and "activation_checkpointing_kwargs" in shown
+    assert len([line for line in everything.splitlines() if line.startswith("      Change it: ")]) > 80
+
+
+def test_texts_name_what_can_be_chosen():
+    own = own_options()
+    for name, choices in {
+        "rollout_engine": ENGINES, "prompt_format": PROMPT_FORMATS, "objective": OBJECTIVES, "score": SCORES,
+        "candidates": CANDIDATES, "on_bad_row": ("stop", "skip"), "on_nonfinite": ("stop", "skip"),
+    }.items():  # fmt: skip
+        assert all(choice in own[name][1] for choice in choices), name
 
 
 @pytest.mark.parametrize(
