@@ -121,11 +121,11 @@ def train(argv: list[str]) -> None:
     before = first_evaluation(trainer, first, resume) if held_out is not None else None
     with bar:
         trainer.train(resume_from_checkpoint=resume)
-    after = evaluate(trainer) if held_out is not None else None
     if run.merge_adapter:
         trainer.save_merged(config.output_dir)
     else:
         trainer.save_model()
+    after = evaluate(trainer) if held_out is not None else None  # what goes wrong here loses nothing
     if trainer.is_world_process_zero():
         if before:
             trainer.state.log_history.insert(0, {"step": 0, **before})

@@ -1,7 +1,9 @@
 """What a model is checked for before it is used. Each check raises a ValueError that names the model and what was expected."""
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simct.models.hidden import PackedSequences, attention_that_runs, response_hidden_states
@@ -66,12 +68,15 @@ def check_head(model: PreTrainedModel, name: str) -> None:
 
 @torch.no_grad()
 def nonfinite_weights(model: nn.Module) -> list[str]:
-    """The names of the parameters that hold a value that is no finite number; of a sharded model (FSDP2), in this process's shards.
+    """The names of the parameters that hold a value that is no finite number; of a sharded model (FSDP2), in this process's shards."""
+    return nonfinite_tensors(model.named_parameters())
 
-    Reads each weight once, copies none, and waits for a device once.
-    """
+
+@torch.no_grad()
+def nonfinite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """As `nonfinite_weights`, of tensors by name. Reads each once, copies none, and waits for a device once."""
     named, largest = [], []
-    for name, parameter in model.named_parameters():
+    for name, parameter in tensors:
         own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if own.is_floating_point() and own.itemsize > 1 and own.numel() and not own.is_meta:
             named.append(name)

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
+from torch import Tensor, nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from simct.console import error_line
 from simct.files import write_json
+from simct.models.checks import nonfinite_tensors, nonfinite_weights
 from simct.rollouts.protocol import Response
+from simct.rollouts.weights import checkpoint_weights
 from simct.training.run_record import differences, record_of, record_of_rollouts
 
 ROLLOUTS = "simct_rollouts-{}.json"
@@ -25,6 +29,7 @@ LAST = "simct_checkpoint.json"  # the last file of a checkpoint: which files the
 SAVING = "_saving"  # the folder of what is not whole yet; a leading _ is not uploaded to the hub
 # The files of a model, of which one that is saved again may have fewer.
 WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+ADAPTER = "adapter"  # the folder of a student's adapter, where the output folder holds it merged
 CONFIGS = ("config.json", "adapter_config.json")  # a folder without them does not load as a model
 
 
@@ -173,23 +178,44 @@ class Checkpoints:
 
     def save_merged(self, output_dir: str) -> None:
         """The student with its adapter merged into the weights, as a folder that `AutoModelForCausalLM.from_pretrained` loads.
+        The adapter itself is saved first, in the run's folder `adapter`: whatever goes wrong here, it is not lost. A sharded student
+        (FSDP2) is gathered weight by weight, into main memory: every process must call this.
 
-        Raises ValueError if it has no adapter, FloatingPointError if the merged weights are no finite numbers."""
+        Raises ValueError if it has no adapter, FloatingPointError if the merged weights are no finite numbers, RuntimeError, which
+        says where the adapter is, if they cannot be merged."""
         student = self.accelerator.unwrap_model(self.model)
         if not hasattr(student, "merge_and_unload"):
             raise ValueError(
                 f"the student is a {type(student).__name__}: expected one with a PEFT adapter (peft_config)"
             )
-        if not self.args.should_save:
-            return
-        merged = copy.deepcopy(student).merge_and_unload()
-        self.check_weights(output_dir, merged)
-        new = Path(output_dir) / SAVING / "student"
-        shutil.rmtree(new, ignore_errors=True)
-        merged.save_pretrained(new)
-        self.processing_class.save_pretrained(new)
-        self.write_card(new)
-        move_model(new, Path(output_dir))
+        adapter = Path(self.args.output_dir) / ADAPTER
+        self.save_model(str(adapter), _internal_call=True)  # pushed to the hub is what is merged
+        try:
+            merged, weights, bad = self._merged(student)
+            self.check_weights(output_dir, bad)
+            if self.args.should_save:
+                new = Path(output_dir) / SAVING / "student"
+                shutil.rmtree(new, ignore_errors=True)
+                merged.save_pretrained(new, state_dict=weights, save_original_format=weights is None)
+                self.processing_class.save_pretrained(new)
+                self.write_card(new)
+                move_model(new, Path(output_dir))
+        except FloatingPointError:
+            raise
+        except Exception as error:  # peft, safetensors and the collectives fail in their own ways
+            raise RuntimeError(f"the adapter is saved in {adapter}, but was not merged: {error_line(error)}") from error
+
+    def _merged(self, student: nn.Module) -> tuple[nn.Module, dict[str, Tensor] | None, list[str]]:
+        """A model, the weights that it is saved with, in main memory (None: its own), and which of them are no finite numbers."""
+        if not any(hasattr(parameter, "full_tensor") for parameter in student.parameters()):
+            merged = copy.deepcopy(student).merge_and_unload()
+            return merged, None, nonfinite_weights(merged)
+        weights, bad = {}, []
+        for name, value in checkpoint_weights(student):
+            bad += nonfinite_tensors([(name, value)])
+            if self.args.should_save:
+                weights[name] = value.to("cpu", copy=True)
+        return student.get_base_model(), weights, bad
 
     def _get_output_dir(self, trial) -> str:
         return self._saving if self._saving is not None else super()._get_output_dir(trial)

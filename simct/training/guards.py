@@ -97,16 +97,17 @@ class Guards:
 
     # ---- Weights ----
 
-    def _nonfinite_weights(self, student: nn.Module | None = None) -> list[str]:
+    def _nonfinite_weights(self) -> list[str]:
         """With a sharded student every process must call it."""
-        names = nonfinite_weights(student if student is not None else self.accelerator.unwrap_model(self.model))
+        names = nonfinite_weights(self.accelerator.unwrap_model(self.model))
         if self.is_fsdp_enabled and self.accelerator.num_processes > 1:
             names = gather_object(names)
         return list(dict.fromkeys(names))
 
-    def check_weights(self, what: str, student: nn.Module | None = None) -> None:
-        """FloatingPointError if a weight of the student (as it is now, if not given) is no finite number: `what` is not written."""
-        names = self._nonfinite_weights(student)
+    def check_weights(self, what: str, bad: list[str] | None = None) -> None:
+        """FloatingPointError if a weight of the student is no finite number: `what` is not written. `bad`: the names of such weights,
+        where it is known."""
+        names = self._nonfinite_weights() if bad is None else bad
         if names:
             raise FloatingPointError(
                 f"step {self.state.global_step}: {_listed(names)} of the student: no finite numbers; {what} is not written, what "
