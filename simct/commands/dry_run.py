@@ -30,6 +30,7 @@ from simct.rollouts.vllm_engine import ColocatedVLLM
 from simct.secrets import NAMES, redact, without_secrets
 from simct.teachers.served import check_objective
 from simct.training.memory import RESERVE, MemoryEstimate, device_memory, estimate, fits, memory_table
+from simct.training.placement import float32_masters, student_options
 
 MEASURED_PROMPTS = 1000  # of which the longest is the length to be expected
 COVERAGE_PROMPTS = 200
@@ -79,7 +80,7 @@ def describe(
     records = None
     if not absent:
         records = load_records(run.data, split=run.data_split, streaming=run.streaming, on_bad_row=config.on_bad_row)
-    student = meta_model(run.student, "student", {"dtype": torch.float32, **(config.model_init_kwargs or {})})
+    student = meta_model(run.student, "student", student_options(config, peft_config))
     dtype = torch.float32 if config.device.type == "cpu" and assume_memory_gb is None else torch.bfloat16
     teacher = None  # behind a server: its tokenizer alone is here
     if config.teacher_url:
@@ -104,6 +105,8 @@ def describe(
 
         with torch.device("meta"):
             student = get_peft_model(student, peft_config)
+        if config.bf16 or config.fp16:
+            float32_masters(student)
 
     console.print(options_table(run, config, recipe or {}))
     console.print(pair_table(pair, *tokenizers))

@@ -68,7 +68,8 @@ def check_head(model: PreTrainedModel, name: str) -> None:
 
 @torch.no_grad()
 def nonfinite_weights(model: nn.Module) -> list[str]:
-    """The names of the parameters that hold a value that is no finite number; of a sharded model (FSDP2), in this process's shards."""
+    """The names of the parameters that hold a value that is no finite number; of a sharded model (FSDP2), in this process's
+    shards."""
     return nonfinite_tensors(model.named_parameters())
 
 

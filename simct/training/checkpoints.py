@@ -178,8 +178,8 @@ class Checkpoints:
 
     def save_merged(self, output_dir: str) -> None:
         """The student with its adapter merged into the weights, as a folder that `AutoModelForCausalLM.from_pretrained` loads.
-        The adapter itself is saved first, in the run's folder `adapter`: whatever goes wrong here, it is not lost. A sharded student
-        (FSDP2) is gathered weight by weight, into main memory: every process must call this.
+        The adapter itself is saved first, in the run's folder `adapter`: whatever goes wrong here, it is not lost. A sharded
+        student (FSDP2) is gathered weight by weight, into main memory: every process must call this.
 
         Raises ValueError if it has no adapter, FloatingPointError if the merged weights are no finite numbers, RuntimeError, which
         says where the adapter is, if they cannot be merged."""

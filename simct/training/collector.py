@@ -16,6 +16,7 @@ from simct.teachers.local import LocalTeacher
 from simct.teachers.served import ServedTeacher
 from simct.training.config import PREFIX_OBJECTIVES, SimCTConfig
 from simct.training.metrics import PhaseTimer
+from simct.training.placement import release_cache
 from simct.training.samples import Sample, Samples
 from simct_kernels import LMHead, PrefixTables, SharedVocabulary
 
@@ -163,16 +164,6 @@ class Collector:
                 # What does not fit the teacher's context is unsupervised, and counted so.
                 found[i] = ids if limit == float("inf") else ids[: max(0, int(limit) - len(prompts[i]) + 1)]
         return found
-
-
-def release_cache(engine: RolloutEngine) -> None:
-    """Gives back the keys and values that transformers' continuous batching keeps with a model for its next session: what comes
-    now, the teacher and the student's backward, needs the memory. To allocate them again is nothing beside a rollout."""
-    model = getattr(engine, "model", None)
-    if hasattr(model, "get_base_model"):  # PEFT: the engine is the base model's
-        model = model.get_base_model()
-    if hasattr(model, "destroy_cached_continuous_batching_manager"):
-        model.destroy_cached_continuous_batching_manager()
 
 
 def numbered_seed(seed: int, step: int, process: int) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -68,6 +69,7 @@ class SimCTConfig(SimCTOptions, TrainingArguments):
         # transformers 5.21 and later have a new name, and warn of the one that all supported versions know.
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
+        self._refuse_deepspeed()
         super().__post_init__()
         for name in (
             "model_init_kwargs",
@@ -158,6 +160,15 @@ class SimCTConfig(SimCTOptions, TrainingArguments):
             raise ValueError(f"num_train_epochs is {self.num_train_epochs}: expected a number above 0, or max_steps")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}: expected a number in [0, 2^32)")
+
+    def _refuse_deepspeed(self) -> None:
+        by_launcher = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes", "on", "y", "t")
+        if self.deepspeed or by_launcher:
+            given = f"{shown_text(repr(self.deepspeed))}" if self.deepspeed else "on, by accelerate's configuration"
+            raise ValueError(
+                f"deepspeed is {given}: expected none. An optimiser step here has several backward passes, and DeepSpeed's engine "
+                "would make a step of its own with each; --fsdp true (FSDP2) shards the student"
+            )
 
     def _read_secrets(self) -> None:
         """Keys and addresses stripped and checked, and hidden from every message from here on."""

@@ -105,8 +105,8 @@ class Guards:
         return list(dict.fromkeys(names))
 
     def check_weights(self, what: str, bad: list[str] | None = None) -> None:
-        """FloatingPointError if a weight of the student is no finite number: `what` is not written. `bad`: the names of such weights,
-        where it is known."""
+        """FloatingPointError if a weight of the student is no finite number: `what` is not written. `bad`: the names of such
+        weights, where they are known."""
         names = self._nonfinite_weights() if bad is None else bad
         if names:
             raise FloatingPointError(

@@ -20,16 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 
 from simct.data.renderer import Renderer
 from simct.data.sampler import RepeatedBatches
-from simct.models.checks import check_head, check_vocabulary
+from simct.models.checks import check_vocabulary
 from simct.models.hidden import (
     Layout,
     PackedSequences,
     forward_through,
     response_hidden_states,
     under_autocast,
-    uses_flash,
 )
-from simct.models.loading import is_dispatched, load_model, load_tokenizer, with_adapter
+from simct.models.loading import load_model, load_tokenizer, with_adapter
 from simct.pairing.pair import TokenizerPair
 from simct.rollouts.engines import build_engine
 from simct.rollouts.protocol import Response, Sampling
@@ -45,6 +44,7 @@ from simct.training.guards import Guards
 from simct.training.micro_batches import MicroBatch, empty, split
 from simct.training.model_card import ModelCards
 from simct.training.objectives import supervised_units, unit_loss
+from simct.training.placement import float32_masters, place_student, student_options
 from simct.training.recorder import Recorder
 from simct.training.samples import Samples
 from simct_kernels import LMHead, token_statistics
@@ -89,8 +89,7 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         choose_backend(args.backend, args.device.type)
         set_seed(args.seed)  # before an adapter is initialised
 
-        # Master weights in float32 unless the user says otherwise: at learning rates of 1e-6 bfloat16 weights would not move.
-        options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
+        options = student_options(args, peft_config)
         model = load_model(model, "student", allow_missing_weights=args.allow_missing_weights, **options)
         processing_class = load_tokenizer(processing_class, model, "student", **options)
         check_vocabulary(model, processing_class, "student")
@@ -100,6 +99,8 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         scorers = {name: Scorer.build(found, model, render, args) for name, found in teachers.items()}
         if peft_config is not None:
             model = with_adapter(model, peft_config)
+            if args.bf16 or args.fp16:
+                float32_masters(model)
         checks.check_disk_space(args, model)
         self.skipped_records: dict[str, int] = {}
         train_dataset = self._usable("train_dataset", train_dataset, model, render, scorers, args)
@@ -114,7 +115,7 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        student = self._placed_student()
+        student = place_student(self)
         self.layout = Layout.of(student, args.packing, self.accelerator.autocast)
         for found in teachers.values():
             found.place(args.device, packing=args.packing, offload=args.offload_teacher)
@@ -143,15 +144,6 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         self._problem, self._grad_norm, self._in_forward = None, None, False
         self.evaluated: Samples | None = None  # this process's samples of the last evaluation, for callbacks
         self.add_callback(AroundSteps(self))
-
-    def _placed_student(self) -> PreTrainedModel:
-        """The student, whole on the device of the run and checked there; to be sharded it waits in main memory."""
-        student = self.accelerator.unwrap_model(self.model)
-        if not (self.is_fsdp_enabled or is_dispatched(student) or getattr(student, "is_quantized", False)):
-            student.to(self.args.device)  # with bf16_full_eval the Trainer would do it where training starts
-        with self.accelerator.autocast() if uses_flash(student) else contextlib.nullcontext():
-            check_head(student, "student")
-        return student
 
     def _usable(self, name: str, dataset, *run):
         if isinstance(dataset, dict):

@@ -1,0 +1,91 @@
+"""Where a run's models are, and in which precision: decided before the first step, and said where it would not work."""
+
+import contextlib
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from simct.models.checks import check_head
+from simct.models.hidden import uses_flash
+from simct.models.loading import is_dispatched
+from simct.rollouts.protocol import RolloutEngine
+
+SAMPLED = 1 << 16  # elements of each weight that `moved_share` looks at
+
+
+def student_options(config, adapter) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for a student given by name.
+
+    Master weights in float32 unless the user says otherwise: at learning rates of 1e-6 bfloat16 weights would not move. Under an
+    adapter nothing moves them: where the run computes in 16 bits anyway they stay in their own, and rollouts need no copy.
+    """
+    given = config.model_init_kwargs or {}
+    own = (
+        adapter is not None and (config.bf16 or config.fp16) and not {"gguf_file", "quantization_config"} & given.keys()
+    )
+    return {"dtype": "auto" if own else torch.float32, **given}
+
+
+def float32_masters(model: nn.Module) -> None:
+    """What an adapter trains of a 16-bit model whole (`modules_to_save`) gets float32 master weights, as the adapter has."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.itemsize < 4:
+            parameter.data = parameter.data.float()
+
+
+def place_student(trainer) -> PreTrainedModel:
+    """The student, whole on the device of the run and checked there; one to be sharded waits in main memory."""
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    if not (trainer.is_fsdp_enabled or is_dispatched(student) or getattr(student, "is_quantized", False)):
+        student.to(trainer.args.device)  # with bf16_full_eval the Trainer would do it where training starts
+    with trainer.accelerator.autocast() if uses_flash(student) else contextlib.nullcontext():
+        check_head(student, "student")
+    warn_of_still_weights(student, trainer.args)
+    return student
+
+
+def warn_of_still_weights(student: nn.Module, config) -> None:
+    """Of 16-bit weights most updates round back to what was there. Known of optimisers whose update is of the learning rate's
+    size."""
+    trained = [p for p in student.parameters() if p.requires_grad and p.is_floating_point() and p.itemsize == 2]
+    optimiser = str(getattr(config.optim, "value", config.optim)).removeprefix("paged_").removeprefix("stable_")
+    if not trained or not config.learning_rate or not optimiser.startswith(("adam", "ademamix", "lion")):
+        return
+    share = moved_share(trained, float(config.learning_rate))
+    if share < 0.5:
+        kind = str(trained[0].dtype).removeprefix("torch.")
+        warnings.warn(
+            f"the student's weights are {kind}: at learning_rate {config.learning_rate:g} a step of {optimiser} moves "
+            f"{share:.1%} of them, the others round back to what they were. Expected float32 weights (dtype=torch.float32 where "
+            "the model is loaded, or the model by its name; bf16=True computes in bfloat16 all the same)",
+            stacklevel=4,
+        )
+
+
+@torch.no_grad()
+def moved_share(parameters: Iterable[nn.Parameter], step: float) -> float:
+    """The share of elements that an update of the size `step` changes at all, in the parameters' own precision: of up to `SAMPLED`
+    elements of each, evenly spaced. Waits for a device once."""
+    moved, count = [], []
+    for parameter in parameters:
+        weights = parameter.detach().flatten()
+        weights = weights[:: max(1, len(weights) // SAMPLED)]
+        changed = ((weights.float() - step).to(weights.dtype) != weights).float().mean()
+        moved.append(changed.cpu() if len(moved) and changed.device != moved[0].device else changed)
+        count.append(parameter.numel())
+    total = torch.stack(moved).double() @ torch.tensor(count, dtype=torch.float64, device=moved[0].device)
+    return float(total) / sum(count)
+
+
+def release_cache(engine: RolloutEngine) -> None:
+    """Gives back the keys and values that transformers' continuous batching keeps with a model for its next session: what comes
+    now, the teacher and the student's backward, needs the memory. To allocate them again is nothing beside a rollout."""
+    model = getattr(engine, "model", None)
+    if hasattr(model, "get_base_model"):  # PEFT: the engine is the base model's
+        model = model.get_base_model()
+    if hasattr(model, "destroy_cached_continuous_batching_manager"):
+        model.destroy_cached_continuous_batching_manager()
