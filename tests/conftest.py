@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from bench import texts
 from simct.demo import ASSETS
+from simct.training import plots
 
 pytest.register_assert_rewrite("served_answers", "served_contract")
 # The models are tiny, and waiting threads cost more than they bring on a busy machine.
@@ -69,6 +70,22 @@ def tape(monkeypatch):
     return Tape(monkeypatch)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def without_pictures():
+    """Drawing them is two thirds of what a short `simct train` does; a test that looks at them asks for `pictures`."""
+    drawing = {name: getattr(plots, name) for name in ("plot_curves", "plot_phases")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in drawing:
+            patch.setattr(plots, name, lambda *_: None)
+        yield drawing
+
+
+@pytest.fixture
+def pictures(without_pictures, monkeypatch):
+    for name, draw in without_pictures.items():
+        monkeypatch.setattr(plots, name, draw)
+
+
 @pytest.fixture
 def gpu(request, tmp_path_factory):
     """A pretended one, see `pretended_gpu.py`."""
@@ -80,13 +97,6 @@ def gpu(request, tmp_path_factory):
     load_guard(tmp_path_factory.getbasetemp() if cache is None else cache.mkdir("pretended-gpu"))
     with pretended_gpu(SimCTConfig) as gpu:
         yield gpu
-
-
-@pytest.fixture
-def without_pictures(monkeypatch):
-    """Drawing them is two thirds of what a short `simct train` does."""
-    for name in "plot_curves", "plot_phases":
-        monkeypatch.setattr(f"simct.training.plots.{name}", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

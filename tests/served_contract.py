@@ -49,15 +49,12 @@ class ServedContract:
         nothing = teacher.rows([], [])
         assert nothing.topk_ids.shape == (0, k) and nothing.token_logprobs.shape == (0,)
 
-    @pytest.mark.parametrize("options", [{}, {"beta": 0.0}, {"candidates": "disjoint", "top_k": 8}], ids=str)
-    def test_the_loss_is_the_local_teachers_if_k_covers_the_vocabulary(
-        self, url, local, demo_student, demo_tokenizers, options
-    ):
+    def test_the_loss_is_the_local_teachers_if_k_covers_the_vocabulary(self, url, local, demo_student, demo_tokenizers):
         pair = TokenizerPair(*demo_tokenizers)
         texts = [r + " Otherwise unhappiness." for _, r in TEXTS]
         student_ids = [demo_tokenizers[0](text, add_special_tokens=False)["input_ids"] for text in texts]
         teacher_ids = pair.encode_teacher(student_ids)
-        units = pair.align_batch(student_ids, teacher_ids, disjoint=options.get("candidates") == "disjoint")
+        units = pair.align_batch(student_ids, teacher_ids, disjoint=True)
         assert (units.teacher_length > 1).any() and (units.student_length == 1).any()
         prompts = [demo_tokenizers[1](p)["input_ids"] for p, _ in TEXTS]
         torch.manual_seed(0)
@@ -65,15 +62,17 @@ class ServedContract:
         head = LMHead(demo_student.get_output_embeddings().weight.detach(), softcap=30.0)
         served = ServedTeacher(url, demo_tokenizers[1], top_k=VOCABULARY).rows(prompts, teacher_ids)
         served = (served.topk_ids, served.topk_logprobs, served.token_logprobs)
-        found = []
-        for loss, theirs in ((linear_simct_loss, local.rows(prompts, teacher_ids)), (topk_simct_loss, served)):
-            ours = hidden.clone().requires_grad_()
-            value = loss(ours, head, *theirs, units, pair.shared, **options)
-            value.backward()
-            found.append((value.detach(), ours.grad))
-        assert found[0][0] > 1
-        torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=0)
-        torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
+        here = local.rows(prompts, teacher_ids)
+        for options in {}, {"beta": 0.0}, {"candidates": "disjoint", "top_k": 8}:
+            found = []
+            for loss, theirs in ((linear_simct_loss, here), (topk_simct_loss, served)):
+                ours = hidden.clone().requires_grad_()
+                value = loss(ours, head, *theirs, units, pair.shared, **options)
+                value.backward()
+                found.append((value.detach(), ours.grad))
+            assert found[0][0] > 1, options
+            torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=0, msg=str(options))
+            torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5, msg=str(options))
 
     @pytest.mark.parametrize("fault", FAULTS)
     @pytest.mark.usefixtures("at_once")

@@ -18,7 +18,7 @@ PROBE = (
     "The quick brown fox jumps over the lazy dog. In 2026, about 12,345 people lived there.\n\n"
     "def area(radius):\n    return 3.14159 * radius ** 2  # of a circle\n\nnaïve café, 中文, Русский 👍\n"
 )
-SPREAD = 64  # tokens whose texts are compared as well
+SPREAD, SPREAD_BEST = 64, 16  # tokens whose texts are compared as well, and how many of the likeliest in the place of each
 SAME_MODEL = 0.1  # nats: what precision and batching change of a token's log-probability is less, on average
 
 
@@ -206,7 +206,9 @@ class ServedModel:
         count = int(min(SPREAD, self.max_model_len - 1))
         ids = [ordinary[round(i * (len(ordinary) - 1) / (count - 1))] for i in range(count)]
         texts: dict[int, str] = {}
-        self._ask([self._request(ids[:1], ids[1:], self._top_k, texts)], patience)
+        best = min(self._top_k, SPREAD_BEST)  # `top_k` of them, to see that so many may be asked for, in one place
+        self._ask([self._request(ids[:1], ids[1:2], self._top_k, texts)], patience)
+        self._ask([self._request(ids[:1], ids[1:], best, texts)], patience)
         if not any(texts.get(token) for token in ids[1:]):
             raise ValueError(f"{self.base_url} does not say its tokens' texts: its tokenizer cannot be compared")
         for token, theirs in texts.items():

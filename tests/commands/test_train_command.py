@@ -15,7 +15,6 @@ from simct.demo import ASSETS
 from simct.rollouts.transformers_engines import ContinuousBatching
 
 STUDENT, TEACHER = str(ASSETS / "student"), str(ASSETS / "teacher")
-pytestmark = pytest.mark.usefixtures("without_pictures")  # but of `plain`, which is made before
 BASE = {
     "student": STUDENT, "teacher": TEACHER, "data": ASSETS / "train.jsonl", "max_steps": 2, "optim": "sgd", "learning_rate": 0.1,
     "lr_scheduler_type": "constant", "warmup_steps": 0, "max_new_tokens": 16, "per_device_train_batch_size": 8,

@@ -141,6 +141,17 @@ def slow(*cases) -> list:
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
 
 
+def in_pairs(first: list, second: list, third: list) -> list:
+    """All of first x second x third, of which the quick ones hold every pair of values (as long as no list but the first is
+    longer than the one before it, and the third none but the second's length)."""
+    return [
+        pytest.param(a, b, c, marks=() if (i + j) % len(third) == k else pytest.mark.slow)
+        for i, a in enumerate(first)
+        for j, b in enumerate(second)
+        for k, c in enumerate(third)
+    ]
+
+
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """Norm-wise, in float64; absolute where the expected value is 0."""
     error = (value.double() - expected.double()).norm().item()

@@ -11,7 +11,7 @@ from simct_kernels.objectives.bpm import _plan
 from simct_kernels.objectives.segments import expand
 from simct_kernels.reference.prefix import bpm_losses
 
-from .cases import make_shared, relative_error
+from .cases import make_shared, relative_error, slow
 from .prefix_cases import BOTH, LOSSES, PrefixProblem, prefix_problem, run
 
 KINDS = [{}, {"merge": 0.4}, {"softcap": 3.0, "scale": 0.5}, {"bias": False, "dropped": 0.0}]
@@ -56,8 +56,9 @@ def test_the_problems_have_every_kind_of_row():
 
 
 @BOTH
-@pytest.mark.parametrize("seed", [1, 4])
-def test_gradcheck(name, seed):
+@pytest.mark.parametrize(("seed", "fast"), [(1, True), (4, True), *slow((1, False), (4, False))])
+def test_gradcheck(name, seed, fast):
+    """Fast: along one random direction, which every entry of the gradient has a part in."""
     problem = prefix_problem(seed, student_size=13, teacher_size=15, responses=2, merge=0.3)
     tensors = (problem.student_hidden, problem.student_head.weight, problem.student_head.bias)
 
@@ -66,7 +67,7 @@ def test_gradcheck(name, seed):
         given = (hidden, head, *getattr(problem, name)()[2:])
         return LOSSES[name](*given, reduction="none", chunk_rows=3)
 
-    assert torch.autograd.gradcheck(losses, tensors)
+    assert torch.autograd.gradcheck(losses, tensors, fast_mode=fast)
 
 
 # Digits: the student spells them one by one, the teacher in twos as well. The last id of both ends the turn.

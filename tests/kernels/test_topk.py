@@ -20,7 +20,7 @@ from simct_kernels import (
     topk_simct_loss,
 )
 
-from .cases import MIXED, Problem, make_problem, relative_error
+from .cases import MIXED, Problem, in_pairs, make_problem, relative_error
 from .test_torch_backend import DTYPES, HEADS, OPTIONS, name
 
 GRID = [options for options in OPTIONS if options.get("score") != "mean_logit"]
@@ -65,11 +65,10 @@ def serve(problem: Problem, k: int, seed: int = 0) -> Served:
     return Served(problem, ids, best, token_logprobs)
 
 
-@pytest.mark.parametrize("dtype,tolerance", DTYPES, ids=str)
-@pytest.mark.parametrize("head", HEADS, ids=name)
-@pytest.mark.parametrize("options", GRID, ids=name)
-def test_agrees_with_oracle(options, head, dtype, tolerance):
+@pytest.mark.parametrize("options,precision,head", in_pairs(GRID, DTYPES, HEADS), ids=name)
+def test_agrees_with_oracle(options, precision, head):
     """k = 2 picks head rows one by one, k = 9 multiplies by all K of them."""
+    dtype, tolerance = precision
     for k in (2, 9):
         served = serve(make_problem(dtype=torch.float32, **head), k).to(dtype)
         expected, expected_gradients = served.to(torch.float64).run(backend="reference", reduction="none", **options)

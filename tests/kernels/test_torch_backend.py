@@ -7,7 +7,7 @@ from torch import Tensor
 from simct_kernels import AlignedUnits, LMHead, SharedVocabulary, linear_simct_loss, simct_loss
 from simct_kernels.torch_backend import rows as backend_rows
 
-from .cases import MIXED, Problem, make_problem, relative_error
+from .cases import MIXED, Problem, in_pairs, make_problem, relative_error
 
 # Each row changes one thing from the paper's form, and the last ones what could only go wrong together: a choice of
 # candidates with left-out ones, on capped logits, at another temperature; the public code's form.
@@ -60,10 +60,9 @@ def assert_agrees(problem: Problem, tolerance: float, **options) -> None:
             assert relative_error(gradient, expected_gradients[key] * share) < tolerance, (reduction, key)
 
 
-@pytest.mark.parametrize("dtype,tolerance", DTYPES, ids=str)
-@pytest.mark.parametrize("head", HEADS, ids=name)
-@pytest.mark.parametrize("options", OPTIONS, ids=name)
-def test_linear_agrees_with_oracle(options, head, dtype, tolerance):
+@pytest.mark.parametrize("options,precision,head", in_pairs(OPTIONS, DTYPES, HEADS), ids=name)
+def test_linear_agrees_with_oracle(options, precision, head):
+    dtype, tolerance = precision
     assert_agrees(make_problem(dtype=torch.float32, **head).to(dtype), tolerance, **options)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from simct_kernels import AlignedUnits, LMHead, alm_loss, uld_loss
 
-from .cases import MIXED, Problem, make_problem, relative_error
+from .cases import MIXED, Problem, make_problem, relative_error, slow
 from .test_cost import RecordSizes, big_problem
 
 LOSSES = [uld_loss, alm_loss]
@@ -63,9 +63,10 @@ def students(problem: Problem) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
+@pytest.mark.parametrize("fast", [True, *slow(False)])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("head", HEADS, ids=str)
-def test_gradcheck(loss, head):
+def test_gradcheck(loss, head, fast):
     problem = make_problem(MIXED[1:5], student_vocabulary=7, teacher_vocabulary=6, shared_size=4, **head)
     tensors = students(problem)
 
@@ -73,7 +74,7 @@ def test_gradcheck(loss, head):
         made = dataclasses.replace(problem.student_head, weight=weight, bias=bias)
         return loss(hidden, made, *arguments(problem)[2:], reduction="none", chunk_rows=3)
 
-    assert torch.autograd.gradcheck(run, tensors)
+    assert torch.autograd.gradcheck(run, tensors, fast_mode=fast)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
