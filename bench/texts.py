@@ -38,7 +38,7 @@ def byte_level_words(pattern: str):
 
 
 def spell(token: bytes) -> str:
-    return "".join(ALPHABET[byte] for byte in token)
+    return token.decode("latin-1").translate(ALPHABET)
 
 
 @cache
@@ -48,12 +48,13 @@ def qwen() -> PreTrainedTokenizerFast:
     ranks = {base64.b64decode(token): int(rank) for token, rank in zip(lines[::2], lines[1::2], strict=True)}
     merges = []
     for token, rank in ranks.items():
-        halves = [(token[:k], token[k:]) for k in range(1, len(token))]
-        halves = [(ranks[a], ranks[b], a, b) for a, b in halves if a in ranks and b in ranks]
+        cuts = range(1, len(token))
+        halves = [(ranks[a], ranks[b]) for k in cuts if (a := token[:k]) in ranks and (b := token[k:]) in ranks]
         merges.extend((rank, *half) for half in sorted(halves))
     merges.sort(key=lambda merge: merge[0])
-    vocabulary = {spell(token): rank for token, rank in ranks.items()}
-    backend = Tokenizer(models.BPE(vocabulary, [(spell(a), spell(b)) for *_, a, b in merges]))
+    spelled = {rank: spell(token) for token, rank in ranks.items()}
+    vocabulary = {token: rank for rank, token in spelled.items()}
+    backend = Tokenizer(models.BPE(vocabulary, [(spelled[a], spelled[b]) for _, a, b in merges]))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = byte_level_words(QWEN_WORDS)
     backend.decoder = decoders.ByteLevel()

@@ -39,6 +39,13 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_garbage_of_others():
+    """And a tenth of a second or more over what the tests before have left: session fixtures, modules imported on the way."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure():
     gc.unfreeze()
 

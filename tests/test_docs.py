@@ -59,6 +59,7 @@ def test_every_option_is_in_one_group():
     assert {name: option.default for name, option in INHERITED.items()} == {name: defaults[name] for name in INHERITED}
 
 
+@pytest.mark.slow
 def test_api_reference_builds(tmp_path):
     functions = runpy.run_path(str(BUILD))
     functions["main"].__globals__["OPTIONS"] = tmp_path / "options.md"

@@ -93,7 +93,10 @@ def oracle(batch: PaddedBatch) -> tuple[float, list[str]]:
     return loss.item() / sum(map(len, responses)), texts
 
 
-@pytest.mark.parametrize("name", NAMES)
+# `test_trl_takes_a_simct_step_with_a_gemma_style_student` has the trainers of TRL.
+@pytest.mark.parametrize(
+    "name", [name if name not in TRL else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_an_example_trains(name, seen, capsys):
     names = run(name)
     printed = re.findall(r"^step (\d+): loss (\S+?),?(?: |$)", capsys.readouterr().out, re.MULTILINE)

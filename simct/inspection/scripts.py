@@ -35,7 +35,7 @@ def script_of(piece: bytes | None) -> str:
         text = piece.decode()
     except UnicodeDecodeError:
         return PARTIAL
-    kinds = {_kind(character) for character in text}
+    kinds = set(map(_kind, text))
     letters = kinds - {DIGITS, PUNCTUATION, SPACE}
     if letters == {"Chinese characters", "Japanese kana"}:
         return "Japanese kana"

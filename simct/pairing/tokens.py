@@ -106,12 +106,10 @@ class TextEncoder:
     def __init__(self, tokenizer, pieces: Sequence[bytes | None]):
         self.pieces = pieces
         self._special = frozenset(i for i, piece in enumerate(pieces) if piece is None)
-        self._backend = backend = Tokenizer.from_str(_backend(tokenizer).to_str())
+        self._backend = backend = _copy(_backend(tokenizer))
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        if getattr(backend.model, "dropout", None):
-            backend.model.dropout = None
         for kind in ("normalizer", "pre_tokenizer"):
             state = _state(getattr(backend, kind))
             plain = _without_prefix_space(state)
@@ -177,6 +175,26 @@ def _backend(tokenizer) -> Tokenizer:
         ) from error
 
 
+def _copy(backend: Tokenizer) -> Tokenizer:
+    """Another backend around the same model, which is most of it and takes seconds to copy; a model that is to be changed is
+    copied as well."""
+    if not getattr(backend.model, "dropout", None):
+        copy = Tokenizer(backend.model)
+        for part in "normalizer", "pre_tokenizer", "post_processor":
+            if (own := getattr(backend, part)) is not None:
+                setattr(copy, part, own)
+        added = backend.get_added_tokens_decoder()
+        copy.add_tokens([added[i] for i in sorted(added)])
+        if {i: token.content for i, token in copy.get_added_tokens_decoder().items()} == {
+            i: token.content for i, token in added.items()
+        }:
+            return copy
+    copy = Tokenizer.from_str(backend.to_str())  # also where added tokens have ids that they would not get anew
+    if getattr(copy.model, "dropout", None):
+        copy.model.dropout = None
+    return copy
+
+
 def _state(component) -> dict | None:
     return None if component is None else json.loads(component.__getstate__())
 
@@ -224,18 +242,23 @@ def _build(kind: str, state: dict | None):
     return getattr(Tokenizer.from_str(json.dumps({**empty, kind: state})), kind)
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+class _Alphabet(dict):
     """GPT-2's stand-ins: visible Latin-1 characters stand for themselves, the other bytes for U+0100 onwards."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(b): b for b in visible} | {chr(0x100 + k): b for k, b in enumerate(hidden)}
+
+    def __init__(self) -> None:
+        visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        hidden = [byte for byte in range(256) if byte not in visible]
+        super().__init__({b: b for b in visible} | {0x100 + k: b for k, b in enumerate(hidden)})
+
+    def __missing__(self, character: int) -> int:
+        return 0x100  # no byte
 
 
-_ALPHABET = _byte_level_alphabet()
+_ALPHABET = _Alphabet()
 
 
 def _byte_level(token: str) -> bytes:
     try:
-        return bytes([_ALPHABET[character] for character in token])
-    except KeyError:  # not in the alphabet: the decoder takes such a token literally
+        return token.translate(_ALPHABET).encode("latin-1")
+    except UnicodeEncodeError:  # not in the alphabet: the decoder takes such a token literally
         return token.encode()

@@ -18,7 +18,10 @@ PROBE = (
     "The quick brown fox jumps over the lazy dog. In 2026, about 12,345 people lived there.\n\n"
     "def area(radius):\n    return 3.14159 * radius ** 2  # of a circle\n\nnaïve café, 中文, Русский 👍\n"
 )
-SPREAD, SPREAD_BEST = 64, 16  # tokens whose texts are compared as well, and how many of the likeliest in the place of each
+SPREAD, SPREAD_BEST = (
+    64,
+    16,
+)  # tokens whose texts are compared as well, and how many of the likeliest in the place of each
 SAME_MODEL = 0.1  # nats: what precision and batching change of a token's log-probability is less, on average
 
 

@@ -4,15 +4,18 @@ import csv
 import os
 import subprocess
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from bench.quality import gradients, show
+from bench.quality import gradients, settings, show
 from bench.quality.__main__ import Results
 from bench.quality.arms import ARMS
 from bench.quality.means import mean_with_error
 from bench.quality.runs import Plan, run
-from bench.quality.settings import QUICK_SIZES, STUDENTS, TEACHER, prepare
+from bench.quality.settings import STUDENTS, TEACHER, Size, prepare
 from bench.quality.texts import answer, make_sum, make_texts
 from bench.record import REPOSITORY
 from simct import SimCTConfig, TokenizerPair
@@ -21,7 +24,11 @@ from simct.demo import ASSETS
 
 @pytest.fixture(scope="module")
 def texts():
-    return make_texts(prompts=64, held_out=16)
+    """Of a part of the standard library: reading all of it takes seconds."""
+    some = {"stdlib": str(Path(sysconfig.get_paths()["stdlib"]) / "asyncio")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sysconfig, "get_paths", lambda: some)
+        return make_texts(prompts=64, held_out=16)
 
 
 def test_no_prompt_is_in_two_places(texts):
@@ -40,7 +47,10 @@ def test_sums_and_their_answers():
     assert answer("17+5=22\n22-8=14\n#14") == "14" and answer("#1\n#2") == "2" and answer("22") is None
 
 
-def test_the_mismatch_is_dialled(texts):
+@pytest.mark.slow
+def test_the_mismatch_is_dialled():
+    """In all texts of the study."""
+    texts = make_texts(prompts=64, held_out=16)
     teacher = TEACHER.make(texts.documents)
     samples = [document.split("\n", 1)[1] for document in texts.documents[:200]]
     single = {}
@@ -86,8 +96,11 @@ def test_mean_with_error():
     assert mean == 3.0 and error == pytest.approx((14 / 2 / 3) ** 0.5)
 
 
-def test_a_run_is_repeatable_and_is_not_run_again(tmp_path, texts):
-    prepare(tmp_path, ["digits"], texts, QUICK_SIZES, progress=lambda line: None)
+def test_a_run_is_repeatable_and_is_not_run_again(tmp_path, texts, monkeypatch):
+    # Its models are made in this process; `test_quick_study` has those of processes of their own.
+    monkeypatch.setattr(settings, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    sizes = {"teacher": Size(32, 1, 2), "student": Size(32, 1, 1)}
+    prepare(tmp_path, ["digits"], texts, sizes, progress=lambda line: None)
     plan = Plan(steps=2, prompts=4, tokens=16, log_every=1)
     one = ("digits", "strict-strings", 3e-4, 1, "test")
     first, again = (run(*one, tmp_path, texts, plan) for _ in range(2))
@@ -104,7 +117,7 @@ def test_a_run_is_repeatable_and_is_not_run_again(tmp_path, texts):
 def test_gradients_by_option(tmp_path):
     target = tmp_path / "gradients.csv"
     command = [f"--student={ASSETS / 'student'}", f"--teacher={ASSETS / 'teacher'}", f"--data={ASSETS / 'eval.jsonl'}"]
-    command += [f"--output={target}", "--responses=8", "--max_new_tokens=24"]
+    command += [f"--output={target}", "--responses=6", "--max_new_tokens=16"]
     for pair in "a", "b", "a":
         gradients.main([*command, f"--pair={pair}"])
     with target.open(newline="") as file:

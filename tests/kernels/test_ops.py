@@ -13,7 +13,7 @@ from torch import Tensor
 from simct_kernels import AlignedUnits, LMHead, linear_simct_loss, ops, simct_loss, topk_simct_loss
 from simct_kernels.options import LossOptions
 
-from .cases import MIXED, make_problem, relative_error
+from .cases import MIXED, make_problem, relative_error, slow
 from .test_topk import serve
 
 LOSSES = ("simct", "linear", "topk")
@@ -67,8 +67,15 @@ def captured(monkeypatch, loss, arguments, **options):
     return result, *call
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss,reduction",
+    [
+        ("simct", "none"),
+        ("linear", "sum"),
+        ("topk", "none"),
+        *slow(("simct", "sum"), ("linear", "none"), ("topk", "sum")),
+    ],
+)
 def test_opcheck(loss, reduction, monkeypatch):
     loss, arguments, students = case(loss)
     _, op, flat = captured(monkeypatch, loss, arguments, reduction=reduction)
@@ -117,7 +124,7 @@ COMPILED = [
 
 @pytest.mark.parametrize(
     "loss,options,backend",
-    [*COMPILED, ("linear", {}, "inductor")],  # one of the slow compiler: it sees the same one op in each
+    [*COMPILED, *slow(("linear", {}, "inductor"))],  # one of the slow compiler: it sees the same one op in each
     ids=str,
 )
 def test_compiled_is_eager(loss, options, backend):
@@ -241,6 +248,7 @@ def test_fake_tensors_need_no_data():
 
 SHARDED = """
 import os
+import sys
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -248,6 +256,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 from simct_kernels import LMHead, linear_simct_loss
 from tests.kernels.cases import make_problem
 
+assert "simct_kernels.triton_backend" not in sys.modules, "importing the package imports its Triton backend"
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 mesh = init_device_mesh("cpu", (1,))
 hidden, head, teacher_hidden, teacher_head, units, shared = make_problem(dtype=torch.float32).arguments()
@@ -288,7 +297,7 @@ os._exit(0)  # gloo's threads now and then abort a process that ends in the ordi
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-def test_sharded_heads():
+def test_sharded_heads_and_an_import_that_leaves_triton_alone():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", SHARDED], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.stdout == "all done\n", done.stderr[-2000:]
@@ -306,11 +315,6 @@ def test_backend_choice(monkeypatch):
     assert backends.choose("auto", "cuda") == "torch"
     with pytest.raises(ValueError, match="'triton' is not in this installation, which has 'auto', 'torch', 'ref"):
         backends.choose("triton", "cuda")
-
-
-def test_import_leaves_triton_alone():
-    code = "import sys, simct_kernels; sys.exit('simct_kernels.triton_backend' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 import math
 import threading
-import time
 
 import pytest
 
@@ -49,8 +48,8 @@ def test_right(response, answer):
         ("\\boxed{", "1"),
         ("\\boxed{}", ""),
         ("\x00\n\\boxed{\\frac{}{}}}}", "1"),
-        ("\\boxed{9^{9^{9^{9^9}}}}", "1"),
         ("(" * 5000, "1"),
+        pytest.param("\\boxed{9^{9^{9^{9^9}}}}", "1", marks=pytest.mark.slow),  # seconds of one multiplication
     ],
 )
 def test_wrong(response, answer):
@@ -59,10 +58,11 @@ def test_wrong(response, answer):
 
 def test_what_takes_too_long_is_wrong_and_the_next_is_graded():
     assert is_correct("\\boxed{1}", "1")  # what grades is there
-    start = time.perf_counter()
+    busy = grading._worker.process
     with pytest.warns(UserWarning, match=r"the answer '1' was not done in 0.2 s: it counts as wrong"):
         assert not is_correct(SLOW, "1", timeout=0.2)
-    assert time.perf_counter() - start < 2
+    # It was not waited for, however long that took: what worked on it was stopped, and another grades the next.
+    assert busy.poll() not in (None, 0)
     assert is_correct("\\boxed{1}", "1")
 
 

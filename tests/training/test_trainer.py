@@ -41,6 +41,12 @@ def trained(tmp_path, **options):
     return trainer
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Trained with the options above. Not to be trained on."""
+    return trained(tmp_path_factory.mktemp("plain"))
+
+
 def logs(trainer):
     return [row for row in trainer.state.log_history if "loss" in row]
 
@@ -51,7 +57,7 @@ def assert_same_weights(one, other, rtol=0.0, atol=0.0):
 
 
 def test_gradient_accumulation_changes_nothing(tmp_path):
-    # One prompt at a time, four, and all eight: the same rollouts, the same loss, the same weights after two steps.
+    # One prompt at a time, and all eight: the same rollouts, the same loss, the same weights after two steps.
     runs = [
         trained(
             tmp_path,
@@ -60,7 +66,7 @@ def test_gradient_accumulation_changes_nothing(tmp_path):
             optim="sgd",
             learning_rate=0.1,
         )
-        for size in (8, 4, 1)
+        for size in (8, 1)
     ]
     for run in runs[1:]:
         for ours, theirs in zip(logs(runs[0]), logs(run), strict=True):
@@ -90,16 +96,15 @@ def test_the_loss_is_the_sum_over_units_divided_by_response_tokens(tmp_path):
     assert 0 < units <= row["tokens/longer"] * tokens
 
 
-def test_the_same_seed_gives_the_same_run(tmp_path):
-    one, other = trained(tmp_path), trained(tmp_path)
-    assert_same_weights(one, other)
-    assert [row["loss"] for row in logs(one)] == [row["loss"] for row in logs(other)]
-    assert logs(one)[0]["loss"] != logs(trained(tmp_path, seed=1))[0]["loss"]
+def test_the_same_seed_gives_the_same_run(tmp_path, plain):
+    other = trained(tmp_path)
+    assert_same_weights(plain, other)
+    assert [row["loss"] for row in logs(plain)] == [row["loss"] for row in logs(other)]
+    assert logs(plain)[0]["loss"] != logs(trained(tmp_path, seed=1, max_steps=1))[0]["loss"]
 
 
-def test_metrics_are_complete_and_consistent(tmp_path):
-    trainer = trained(tmp_path, max_steps=2)
-    for row in logs(trainer):
+def test_metrics_are_complete_and_consistent(plain):
+    for row in logs(plain):
         shares = row["tokens/single"] + row["tokens/longer"] + row["tokens/unsupervised"]
         assert shares == pytest.approx(1)
         reasons = sum(value for name, value in row.items() if name.startswith("unsupervised/"))
@@ -116,12 +121,6 @@ def test_metrics_are_complete_and_consistent(tmp_path):
         assert math.isfinite(row["reverse_kl_per_byte"])
 
 
-def test_statistics_over_the_vocabulary_are_measured_only_when_logged(tmp_path):
-    trainer = trained(tmp_path, max_steps=4, logging_steps=2, logging_first_step=False)
-    assert [row["step"] for row in logs(trainer)] == [2, 4]
-    assert all("response/entropy" in row for row in logs(trainer))
-
-
 def test_only_what_is_logged_is_measured(tmp_path, monkeypatch):
     asked, measured = [], []
     will_log, distributions = Recorder.will_log, Recorder.distributions
@@ -136,19 +135,21 @@ def test_only_what_is_logged_is_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Recorder, "will_log", ask)
     monkeypatch.setattr(Recorder, "distributions", measure)
-    trained(tmp_path, max_steps=4, logging_steps=2, logging_first_step=False)
+    trainer = trained(tmp_path, max_steps=4, logging_steps=2, logging_first_step=False)
+    assert [row["step"] for row in logs(trainer)] == [2, 4]
+    assert all("response/entropy" in row for row in logs(trainer))
     assert asked == [(0, False), (1, True), (2, False), (3, True)]
     assert measured == [1, 3]
 
 
 def test_resumed_equals_uninterrupted(tmp_path):
-    options = dict(max_steps=4, gradient_accumulation_steps=2, save_strategy="steps", save_steps=2)
+    options = dict(gradient_accumulation_steps=2, save_strategy="steps", save_steps=1)
     whole = trained(tmp_path / "whole", **options)
-    first = SimCTTrainer(STUDENT, TEACHER, config(tmp_path / "half", **options), PROMPTS, callbacks=[StopAt(2)])
+    first = SimCTTrainer(STUDENT, TEACHER, config(tmp_path / "half", **options), PROMPTS, callbacks=[StopAt(1)])
     first.train()
     second = SimCTTrainer(STUDENT, TEACHER, config(tmp_path / "half", **options), PROMPTS)
     second.train(resume_from_checkpoint=True)
-    assert second.state.global_step == 4
+    assert second.state.global_step == 2
     assert_same_weights(whole, second)
     assert [row["loss"] for row in logs(whole)] == [row["loss"] for row in logs(second)]
 
@@ -237,13 +238,13 @@ def test_the_teacher_is_frozen_and_its_head_never_applied(tmp_path, demo_teacher
     ],
     ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()),
 )
-def test_options_reach_the_loss(tmp_path, options):
+def test_options_reach_the_loss(tmp_path, plain, options):
     row = logs(trained(tmp_path, max_steps=1, **options))[0]
     assert math.isfinite(row["loss"]) and row["loss"] > 0 and row["grad_norm"] > 0
     if options.get("units") == "single":
         assert row["tokens/longer"] == 0 and row["unsupervised/longer_unit"] > 0
     elif options.get("alignment") == "anchored":
-        assert row["tokens/single"] < logs(trained(tmp_path, max_steps=1))[0]["tokens/single"]
+        assert row["tokens/single"] < logs(plain)[0]["tokens/single"]
 
 
 def test_mixed_precision_rounds_the_loss(tmp_path, tape):
@@ -268,9 +269,9 @@ def test_mixed_precision_reaches_the_student(tmp_path, engine):
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
 
 
-def test_units_under_the_mass_floor_count_as_unsupervised(tmp_path):
+def test_units_under_the_mass_floor_count_as_unsupervised(tmp_path, plain):
     (row,) = logs(trained(tmp_path, max_steps=1, teacher_mass_floor=0.9))
-    plain = logs(trained(tmp_path, max_steps=1))[0]
+    plain = logs(plain)[0]
     assert 0 < row["unsupervised/teacher_mass_floor"] < 1
     assert row["tokens/unsupervised"] == pytest.approx(
         row["unsupervised/teacher_mass_floor"] + plain["tokens/unsupervised"]
@@ -310,12 +311,11 @@ def test_lora_trains_the_adapter_and_leaves_the_head(tmp_path):
     assert torch.equal(trainer.model.get_output_embeddings().weight, head)
 
 
-def test_a_saved_student_loads(tmp_path):
-    trainer = trained(tmp_path)
-    trainer.save_model(str(tmp_path / "student"))
+def test_a_saved_student_loads(tmp_path, plain):
+    plain.save_model(str(tmp_path / "student"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
     ids = torch.tensor([[2, 40, 50]])
-    torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits)
+    torch.testing.assert_close(loaded(ids).logits, plain.model.eval()(ids).logits)
 
 
 def test_bad_input_is_named_before_any_work(tmp_path, demo_tokenizers):

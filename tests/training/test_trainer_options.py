@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from kernels.cases import slow
 from test_trainer import (
     HELD_OUT,
     PROMPTS,
@@ -32,7 +33,6 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize(
     "options",
     [
-        {"packing": "on"},
         {"packing": "on", "max_tokens_per_batch": 60},
         {"packing": "off", "max_tokens_per_batch": 60},
         {
@@ -41,7 +41,9 @@ def plain(tmp_path_factory):
             "gradient_accumulation_steps": 2,
             "per_device_train_batch_size": 4,
         },
-        {"offload_teacher": True},
+        *slow(
+            {"packing": "on"}, {"offload_teacher": True}
+        ),  # `commands/test_train_command.py` has the teacher's offloading
     ],
     ids=str,
 )
@@ -77,17 +79,17 @@ def test_several_responses_to_each_prompt(tmp_path):
 
 
 def test_rollouts_serve_several_steps_and_a_resumed_run_continues_with_them(tmp_path):
-    options = dict(num_iterations=3, max_steps=6, save_strategy="steps", save_steps=1)
+    options = dict(num_iterations=2, max_steps=4, save_strategy="steps", save_steps=1)
     whole = trained(tmp_path / "whole", **options)
     rows = logs(whole)
-    # One rollout for three steps: the same tokens, another loss.
-    for first in 0, 3:
-        block = rows[first : first + 3]
-        assert len({row["tokens/single"] for row in block}) == 1 and len({row["loss"] for row in block}) == 3
-        assert [row.get("seconds/rollout", 0) > 0 for row in block] == [True, False, False]
-    assert rows[0]["tokens/single"] != rows[3]["tokens/single"]
+    # One rollout for two steps: the same tokens, another loss.
+    for first in 0, 2:
+        block = rows[first : first + 2]
+        assert len({row["tokens/single"] for row in block}) == 1 and len({row["loss"] for row in block}) == 2
+        assert [row.get("seconds/rollout", 0) > 0 for row in block] == [True, False]
+    assert rows[0]["tokens/single"] != rows[2]["tokens/single"]
 
-    first = SimCTTrainer(STUDENT, TEACHER, config(tmp_path / "half", **options), PROMPTS, callbacks=[StopAt(2)])
+    first = SimCTTrainer(STUDENT, TEACHER, config(tmp_path / "half", **options), PROMPTS, callbacks=[StopAt(3)])
     first.train()
     second = SimCTTrainer(STUDENT, TEACHER, config(tmp_path / "half", **options), PROMPTS)
     second.train(resume_from_checkpoint=True)
