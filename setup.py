@@ -73,5 +73,10 @@ setup(
         "vllm": ["vllm>=0.32", "httpx>=0.27"],
         "served": ["httpx>=0.27"],  # a teacher behind a vLLM or SGLang server
     },
-    entry_points={"console_scripts": ["simct = simct.commands.cli:main"]},
+    entry_points={
+        "console_scripts": ["simct = simct.commands.cli:main"],
+        "vllm.general_plugins": [
+            "simct = simct.rollouts.vllm_plugin:register"
+        ],  # read by a vLLM server, where there is one
+    },
 )

@@ -20,13 +20,15 @@ from rich.progress import Progress
 from simct.commands.journal import Journal
 from simct.commands.options import OptionParser
 from simct.console import before_work, console, printable
-from simct.data.prompts import PROMPT_FORMATS, Prompt, prompt_of, render_prompt
+from simct.data.prompts import PROMPT_FORMATS, Prompt, prompt_of, render_prompt, tools_of
 from simct.data.records import load_records, place_of, rows
 from simct.files import check_file, is_ordinary, replaced
-from simct.models.loading import load_model, load_tokenizer
+from simct.models.loading import load_generation_config, load_model, load_tokenizer
 from simct.pairing.endings import end_ids
-from simct.rollouts.protocol import Sampling
+from simct.rollouts.engines import vllm_of_folder
+from simct.rollouts.protocol import ENGINES, IN_PROCESS, Sampling
 from simct.rollouts.transformers_engines import make_engine
+from simct.secrets import read_address
 
 KEEP = ("shortest_correct", "shortest")
 COLUMNS = ("messages", "prompt_completion")
@@ -56,14 +58,29 @@ class AnswerArguments:
     temperature: float = field(default=0.6, metadata={"help": "Sampling temperature; 0 is greedy."})
     top_p: float = field(default=0.95, metadata={"help": "Nucleus sampling."})
     prompt_format: str = field(default="auto", metadata={"help": "As in simct train."})
-    rollout_engine: str = field(default="auto", metadata={"help": "As in simct train."})
+    rollout_engine: str = field(default="auto", metadata={"help": f"Who samples: {', '.join(ENGINES)}."})
+    vllm_server_url: str | None = field(
+        default=None,
+        metadata={"help": "rollout_engine=vllm-server: where one serves the model, http://host:port."},
+    )
     dtype: str = field(default="bfloat16", metadata={"help": "Precision of the weights."})
     seed: int = field(default=0, metadata={"help": "Of the samples."})
 
     def __post_init__(self) -> None:
-        for name, choices in (("keep", KEEP), ("columns", COLUMNS), ("prompt_format", PROMPT_FORMATS)):
+        for name, choices in (
+            ("keep", KEEP),
+            ("columns", COLUMNS),
+            ("prompt_format", PROMPT_FORMATS),
+            ("rollout_engine", ENGINES),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}")
+        if self.rollout_engine == "vllm-server" and not self.vllm_server_url:
+            raise ValueError(
+                "rollout_engine is 'vllm-server', but vllm_server_url is not given: expected http://host:port"
+            )
+        if self.vllm_server_url:
+            self.vllm_server_url = read_address("vllm_server_url", self.vllm_server_url)
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}: expected at least 1")
         Sampling((0,), 0, self.max_new_tokens, self.temperature, self.top_p)  # checks them
@@ -121,10 +138,12 @@ def write_answers(arguments: AnswerArguments, *, grade: Grade | None = None, pro
     output = Path(arguments.output)
     check_file(output)
     prompts = [prompt_of(record) for record in records]
-    sample = sampler(arguments, prompts, lambda i: place_of(found, i))
+    tools = [tools_of(record) for record in records]
+    sample = sampler(arguments, prompts, tools, lambda i: place_of(found, i))
     answers = [str(r["answer"]) if checked and r.get("answer") is not None else None for r in records]
-    data = hashlib.sha256(json.dumps([prompts, answers]).encode()).hexdigest()
+    data = hashlib.sha256(json.dumps([prompts, answers, tools]).encode()).hexdigest()
     work = {**asdict(arguments), "output": output.name, "data": f"{len(records)} prompts, sha256 {data}"}
+    del work["vllm_server_url"]  # another address is no other work, and may have a key in its path
     # Beside a device or a stream is no place for it, and nobody would go on there.
     spare = None if is_ordinary(output) else tempfile.TemporaryDirectory(prefix="simct-")
     folder = output.parent if spare is None else Path(spare.name)
@@ -135,7 +154,7 @@ def write_answers(arguments: AnswerArguments, *, grade: Grade | None = None, pro
             texts = sample(batch, seed=arguments.seed * 1_000_003 + start)
             fates = [fate(own, answers[i], arguments.keep, grade) for own, i in zip(texts, batch, strict=True)]
             lines = [
-                None if chosen is None else as_columns(prompts[i], own[chosen], arguments.columns)
+                None if chosen is None else as_columns(prompts[i], own[chosen], arguments.columns, tools[i])
                 for (_, chosen), own, i in zip(fates, texts, batch, strict=True)
             ]
             journal.add([[name, line] for (name, _), line in zip(fates, lines, strict=True)])
@@ -154,25 +173,42 @@ def write_answers(arguments: AnswerArguments, *, grade: Grade | None = None, pro
 
 
 def sampler(
-    arguments: AnswerArguments, prompts: Sequence[Prompt], place: Callable[[int], str]
+    arguments: AnswerArguments,
+    prompts: Sequence[Prompt],
+    tools: Sequence[list[dict[str, Any]] | None],
+    place: Callable[[int], str],
 ) -> Callable[..., list[list[str | None]]]:
     """A function of some prompts' numbers and a seed: to each prompt so many texts, None for one that did not come to its end.
 
     Every prompt is rendered here, so that one that cannot be is an error before any sampling, with its `place` in the data."""
-    model = load_model(arguments.model, "model", dtype=getattr(torch, arguments.dtype)).eval()
-    tokenizer = load_tokenizer(None, model, "model")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    ends = end_ids(tokenizer, model.generation_config, chat=arguments.prompt_format != "text")
+    name, model, generation = arguments.rollout_engine, None, None
+    if name in IN_PROCESS:
+        model = load_model(arguments.model, "model", dtype=getattr(torch, arguments.dtype)).eval()
+        generation = model.generation_config
+    else:  # vLLM loads the weights itself
+        generation = load_generation_config(arguments.model, "model")
+    tokenizer = load_tokenizer(None, arguments.model if model is None else model, "model")
+    ends = end_ids(tokenizer, generation, chat=arguments.prompt_format != "text")
     sampling = Sampling(
         ends, tokenizer.pad_token_id or 0, arguments.max_new_tokens, arguments.temperature, arguments.top_p
     )
-    engine = make_engine(model, arguments.rollout_engine)
     rendered = []
     for i, prompt in enumerate(prompts):
         try:
-            rendered.append(render_prompt(prompt, tokenizer, arguments.prompt_format))
+            options = {} if tools[i] is None else {"tools": tools[i]}
+            rendered.append(render_prompt(prompt, tokenizer, arguments.prompt_format, options))
         except ValueError as error:
             raise ValueError(f"{place(i)}: {error}") from error
+    if model is None:
+        engine = vllm_of_folder(
+            name,
+            arguments.model,
+            max_model_len=max(map(len, rendered)) + arguments.max_new_tokens,
+            dtype=arguments.dtype,
+            server_url=arguments.vllm_server_url,
+        )
+    else:
+        engine = make_engine(model.to("cuda" if torch.cuda.is_available() else "cpu"), name)
     times = arguments.samples
 
     def sample(batch: Sequence[int], seed: int) -> list[list[str | None]]:
@@ -196,8 +232,9 @@ def fate(texts: Sequence[str | None], answer: str | None, keep: str, grade: Grad
     return ("kept_unchecked" if answer is None else "kept"), chosen
 
 
-def as_columns(prompt: str | list[dict[str, str]], text: str, columns: str) -> dict[str, Any]:
+def as_columns(prompt: Prompt, text: str, columns: str, tools: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     """One record of the output."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     answer = [{"role": "assistant", "content": text}]
-    return {"messages": messages + answer} if columns == "messages" else {"prompt": messages, "completion": answer}
+    record = {"messages": messages + answer} if columns == "messages" else {"prompt": messages, "completion": answer}
+    return record if tools is None else {**record, "tools": tools}

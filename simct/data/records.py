@@ -6,6 +6,7 @@ assistant turn, if it ends with one, is the off-policy answer), and may have any
     completion: the off-policy answer to `prompt`;
     teacher_context: text that only the teacher sees;
     teacher: the name of the teacher that scores the record.
+Its `tools` (a list of functions, or that as JSON) reach the chat templates.
 Other columns are kept. A row that does not fit is named by its file and line (JSONL) or its row, counted from 0 (Parquet, hub).
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from simct.console import error_line
-from simct.data.prompts import Prompt, prompt_of, short
+from simct.data.prompts import Prompt, message_of, prompt_of, short, tools_of
 from simct.data.sources import (
     Places,
     Record,
@@ -31,7 +32,7 @@ from simct.data.sources import (
 
 ON_BAD_ROW = ("stop", "skip")
 TEXTS = ("answer", "completion", "teacher_context", "teacher")
-COLUMNS = ("prompt", "messages", *TEXTS)  # what is read to check a row
+COLUMNS = ("prompt", "messages", "tools", *TEXTS)  # what is read to check a row
 
 Report = Callable[[str], None]
 
@@ -127,17 +128,17 @@ def reference_answer(record: Record) -> str | None:
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
         return None
-    if messages[-1].get("role") != "assistant":
+    if messages[-1].get("role") != "assistant" or messages[-1].get("tool_calls"):  # a call of a tool is no text
         return None
-    if not isinstance(messages[-1].get("content"), str):
-        raise ValueError(f"field 'messages', the last message is {short(messages[-1])}: expected a string 'content'")
-    _encodable("messages", messages[-1]["content"])
-    return messages[-1]["content"]
+    content = message_of(messages[-1], "field 'messages', the last message")["content"]
+    _encodable("messages", content)
+    return content
 
 
 def check_record(record: Record) -> Prompt:
     """The record's prompt, once every field that the package reads has been checked. ValueError names the field."""
     prompt = prompt_of(record)
+    tools_of(record)
     reference_answer(record)
     for name in TEXTS:
         _text(record, name)

@@ -234,7 +234,8 @@ def make_engine(
     model: PreTrainedModel, engine: str = "auto", *, tokenizer=None, kv_cache_gb: float | None = None
 ) -> RolloutEngine:
     """The engine of that name, inside this process and with the model's own weights. "auto": on an accelerator continuous batching
-    if the model takes a two-token test of it, else static batches; on a CPU static batches, the faster of the two there.
+    if it computes this model's attention whole and takes a two-token test of it, else static batches; on a CPU static batches, the
+    faster of the two there.
 
     Raises ValueError for an unknown name, or for "continuous" with a model that transformers cannot serve so.
     """
@@ -244,14 +245,29 @@ def make_engine(
         model = model.get_base_model()
     if engine == "static" or (engine == "auto" and model.device.type == "cpu"):
         return StaticBatching(model, tokenizer=tokenizer)
+    cap = lost_softcap(model)
+    without = f"{type(model).__name__} without its attention soft cap ({cap or 0:g})"
+    if cap is not None and engine == "auto":
+        warnings.warn(
+            f"continuous batching would sample {without}: using static batches (flash-attn and 16-bit rollouts keep the cap, and "
+            "so does rollout_engine='vllm')",
+            stacklevel=2,
+        )
+        return StaticBatching(model, tokenizer=tokenizer)
     try:
         if not hasattr(ContinuousBatchingManager, "pause"):
             raise ImportError("transformers 5.18 or newer is needed for it")
         ContinuousBatching(model).generate([[0, 1]], Sampling(end_ids=(0,), pad_id=0, max_new_tokens=2), seed=0)
-        warn_of_lost_softcap(model)
-        return ContinuousBatching(model, kv_cache_gb=kv_cache_gb)
     except Exception as error:  # each architecture fails in its own way
         problem = str(error)
+    else:
+        if cap is not None:
+            warnings.warn(
+                f"continuous batching samples {without}, a little off its own distribution (rollout/logprob_gap says how far): "
+                "rollout_engine='static', or flash-attn and 16-bit rollouts, keep it",
+                stacklevel=2,
+            )
+        return ContinuousBatching(model, kv_cache_gb=kv_cache_gb)
     message = f"{type(model).__name__} cannot be sampled from by continuous batching ({problem})"
     if engine == "continuous":
         raise ValueError(f"rollout_engine is 'continuous', but {message}: expected 'static'")
@@ -259,13 +275,9 @@ def make_engine(
     return StaticBatching(model, tokenizer=tokenizer)
 
 
-def warn_of_lost_softcap(model: PreTrainedModel) -> None:
-    """transformers' paged attention leaves Gemma-2's soft cap on attention scores out, unless flash attention computes it."""
+def lost_softcap(model: PreTrainedModel) -> float | None:
+    """The cap on attention scores (Gemma-2) that continuous batching would leave out: transformers' paged attention computes none,
+    unless flash attention does it. None: nothing is lost."""
     cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     flash = model.device.type != "cpu" and model.dtype != torch.float32 and is_flash_attn_2_available()
-    if cap is not None and not flash:
-        warnings.warn(
-            f"continuous batching samples {type(model).__name__} without its attention soft cap ({cap:g}), a little off its own "
-            "distribution (rollout/logprob_gap says how far): rollout_engine='static', or flash-attn and 16-bit rollouts, keep it",
-            stacklevel=3,
-        )
+    return None if flash else cap

@@ -6,14 +6,21 @@ The server is vLLM's own (seen working: 0.32):
 
 Development mode opens the routes that change weights; it is for machines that only the training can reach.
 
-Weights travel through files: written by the training into `sync_folder`, read by the server's `reload_weights`. So both must see
-one file system under one path; a folder in memory (/dev/shm) is the fast choice on one machine.
+How weights travel is what the server was started with:
+
+    --weight-transfer-config '{"backend": "nccl"}'         from GPU to GPU (`vllm_nccl`): the fast way, where both sides have one
+    --weight-transfer-config '{"backend": "simct-files"}'  through files, where this package is installed beside the server
+    neither                                                through files, by vLLM's `reload_weights`
+
+Files are written by the training into `sync_folder`: both must see one file system under one path; a folder in memory (/dev/shm) is
+the fast choice on one machine. After every change a few tokens' log-probabilities are compared with the student's.
 """
 
 import os
 import tempfile
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +30,10 @@ from transformers import PreTrainedModel
 from simct.client import Refused, Request, RetryingClient, words
 from simct.rollouts.protocol import Response, Sampling
 from simct.rollouts.vllm_engine import check_vocabulary_size
+from simct.rollouts.vllm_nccl import NCCLTransfer
+from simct.rollouts.vllm_plugin import BACKEND
 from simct.rollouts.vllm_requests import check_prompts, request_seed, request_settings, to_response
+from simct.rollouts.vllm_weights import GAP, check_weights
 from simct.rollouts.weights import checkpoint_weights, write_weights
 from simct.secrets import read_key
 
@@ -47,8 +57,10 @@ class ServedVLLM:
         max_model_len: tokens that the longest prompt and its response may need together; the server must allow as many.
         sync_folder: where weights are written for the server to read; made if need be. Default: a temporary folder, for a server
             on this machine.
-        sync_dtype: floating-point dtype of those files; default: the student's. Half the bytes if the student has float32 master
-            weights and the server computes in bfloat16.
+        sync_dtype: floating-point dtype of the weights that travel; default: what the server computes in (of float32 master weights
+            then half the bytes).
+        max_logprob_gap: nats that log-probabilities of a few tokens may be from the student's, on average, after a change of
+            weights (a quarter of it where both sides compute in float32).
         api_key: the server's `--api-key`; default: `VLLM_API_KEY` in the environment.
         timeout: seconds that one answer may take in all.
         wait: seconds to wait for a server that is still starting.
@@ -69,7 +81,8 @@ class ServedVLLM:
         vocab_size: int | None = None,
         max_model_len: int | None = None,
         sync_folder: str | os.PathLike | None = None,
-        sync_dtype: torch.dtype | None = None,
+        sync_dtype: torch.dtype | str | None = None,
+        max_logprob_gap: float = GAP,
         api_key: str | None = None,
         timeout: float = 600.0,
         wait: float = 0.0,
@@ -85,11 +98,18 @@ class ServedVLLM:
             again=False,
         )
         self.base_url, self.timeout = self._client.base_url, timeout
-        self.sync_folder, self.sync_dtype, self._updates = sync_folder, sync_dtype, 0
+        self.sync_folder, self.max_logprob_gap, self._updates = sync_folder, max_logprob_gap, 0
         self.vocab_size = vocab_size
         self._ask([Request("GET", "/health", empty=True)], again=True, patience=wait, timeout=min(timeout, STARTING))
         self.model_name, self.max_model_len = self._served_model(model_name, max_model_len)
-        self._check_settings()
+        self.dtype, self.transfer = self._check_settings()
+        name = sync_dtype if sync_dtype is not None else self.dtype
+        self.sync_dtype = name if isinstance(name, torch.dtype) else getattr(torch, name.removeprefix("torch."), None)
+        if sync_dtype is not None and not isinstance(self.sync_dtype, torch.dtype):
+            raise ValueError(
+                f"sync_dtype is {sync_dtype!r}: expected the name of a floating-point dtype, such as bfloat16"
+            )
+        self._nccl: NCCLTransfer | None = None
         if vocab_size is not None:
             self._check_vocabulary(vocab_size)
 
@@ -102,14 +122,23 @@ class ServedVLLM:
         return self._ask([self._request(p, sampling, request_seed(seed, i)) for i, p in enumerate(prompts)])
 
     def update_weights(self, model: PreTrainedModel) -> None:
-        """Writes the current weights of `model` and has the server load them, between two requests. Every training process must
-        call it; one of them writes.
+        """Has the server load the current weights of `model`, between two requests. Every training process must call it; one of
+        them writes or sends.
 
         Raises ValueError for a model of another vocabulary or without plain weights (`checkpoint_weights`); ConnectionError,
-        TimeoutError or RuntimeError if the server does not load them: its weights are then in no known state.
+        TimeoutError or RuntimeError if the server does not load them, or does not sample from them: its weights are then in no
+        known state.
         """
         check_vocabulary_size(model, self.vocab_size)
-        weights = checkpoint_weights(model)
+        if self.transfer == "nccl":
+            if self._nccl is None:
+                self._nccl = NCCLTransfer(self, self.sync_dtype)
+            self._nccl.send(model)
+        else:
+            self._through_files(checkpoint_weights(model))
+        check_weights(self.generate, model, self.dtype, self.max_logprob_gap, self.base_url)
+
+    def _through_files(self, weights) -> None:
         several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
         if not several:
             self._write_and_load(weights)
@@ -135,16 +164,32 @@ class ServedVLLM:
             folder = Path(temporary) / f"update-{self._updates}"
             os.chmod(temporary, 0o755)  # the server may run as another user
             write_weights(weights, folder, dtype=self.sync_dtype)
-            self._post("/pause?mode=wait")
-            try:
-                self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
-                if not (self._post("/reset_prefix_cache") or {}).get("success", True):
-                    raise RuntimeError(f"{self.base_url} did not empty its prefix cache, which old weights have filled")
-            except BaseException:
-                with suppress(OSError, RuntimeError):  # a failed load can end a server: say the first error
-                    self._post("/resume")
-                raise
-            self._post("/resume")
+            with self.paused():
+                self._load(str(folder))
+
+    def _load(self, folder: str) -> None:
+        if self.transfer is None:
+            self.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+            return
+        if self._updates == 1:
+            self.post("/init_weight_transfer_engine", {"init_info": {}})
+        self.post("/start_weight_update")
+        self.post("/update_weights", {"update_info": {"folder": folder}})
+        self.post("/finish_weight_update")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Between two requests; afterwards nothing of the old weights is left in the server's caches."""
+        self.post("/pause?mode=wait")
+        try:
+            yield
+            if not (self.post("/reset_prefix_cache") or {}).get("success", True):
+                raise RuntimeError(f"{self.base_url} did not empty its prefix cache, which old weights have filled")
+        except BaseException:
+            with suppress(OSError, RuntimeError):  # a failed load can end a server: say the first error
+                self.post("/resume")
+            raise
+        self.post("/resume")
 
     def _sync_root(self) -> Path | None:
         if self.sync_folder is None:
@@ -178,11 +223,15 @@ class ServedVLLM:
 
         return Request("POST", "/v1/completions", body, read, (1 << 20) + TOKEN * sampling.max_new_tokens)
 
+    def world_size(self) -> int:
+        """The server's workers."""
+        return self.get("/get_world_size")["world_size"]
+
     # What the server is, asked once.
 
     def _served_model(self, name: str | None, needed: int | None) -> tuple[str, int]:
         try:
-            listed = {str(entry["id"]): entry for entry in self._get("/v1/models")["data"]}
+            listed = {str(entry["id"]): entry for entry in self.get("/v1/models")["data"]}
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.base_url} does not list its models ({words(repr(error))}): expected a vLLM server"
@@ -201,10 +250,12 @@ class ServedVLLM:
             )
         return name, length
 
-    def _check_settings(self) -> None:
+    def _check_settings(self) -> tuple[str, str | None]:
+        """What it computes in, and the backend of its `--weight-transfer-config`."""
         try:
-            config = self._get("/server_info?config_format=json")["vllm_config"]["model_config"]
-        except (RuntimeError, KeyError, TypeError) as error:
+            found = self.get("/server_info?config_format=json")["vllm_config"]
+            config, transfer = found["model_config"], (found.get("weight_transfer_config") or {}).get("backend")
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{self.base_url} does not open vLLM's development routes ({words(error)}): "
                 f"expected a server started with {COMMAND}"
@@ -219,11 +270,17 @@ class ServedVLLM:
                     f"{setting} of {self.base_url} is {words(repr(config[setting]))}: "
                     f"expected a server started with {option} {value}"
                 )
-        if (self._get("/is_paused") or {}).get("is_paused"):
+        if transfer not in (None, "nccl", BACKEND):
+            raise ValueError(
+                f"{self.base_url} takes weights by {words(repr(transfer))}: expected a server started with "
+                f"--weight-transfer-config of the backend nccl or {BACKEND}, or without one"
+            )
+        if (self.get("/is_paused") or {}).get("is_paused"):
             warnings.warn(
                 f"{self.base_url} was left paused, by a run killed while it changed weights; going on", stacklevel=3
             )
-            self._post("/resume")
+            self.post("/resume")
+        return str(config.get("dtype", "")), transfer
 
     def _check_vocabulary(self, size: int) -> None:
         """The server tells no size, but refuses ids that its model has not."""
@@ -244,10 +301,12 @@ class ServedVLLM:
 
     # The wire.
 
-    def _get(self, route: str) -> Any:
+    def get(self, route: str) -> Any:
+        """What the server answers. RuntimeError for an error, ConnectionError or TimeoutError without an answer."""
         return self._ask([Request("GET", route, empty=True)])[0]
 
-    def _post(self, route: str, body: dict[str, Any] | None = None) -> Any:
+    def post(self, route: str, body: dict[str, Any] | None = None) -> Any:
+        """As `get`; sent once."""
         return self._ask([Request("POST", route, body, empty=True)])[0]
 
     def _ask(self, requests: list[Request], **options) -> list[Any]:

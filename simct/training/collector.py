@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simct.data.records import reference_answer
-from simct.data.renderer import Renderer
+from simct.data.renderer import Renderer, compare_thoughts
 from simct.pairing.pair import TokenizerPair
 from simct.rollouts.protocol import Response, RolloutEngine, Sampling, cut_at_stop_string
 from simct.teachers.local import LocalTeacher
@@ -50,9 +50,12 @@ class Scorer:
             student_vocabulary_size=student.get_output_embeddings().weight.shape[0],
             chat=args.prompt_format != "text",
         )
-        options = args.teacher_chat_template_kwargs or args.chat_template_kwargs or {}
+        own = args.teacher_chat_template_kwargs
+        options = (args.chat_template_kwargs or {}) if own is None else own
         render = Renderer(teacher.tokenizer, args.prompt_format, options, args.teacher_system_prompt, context=True)
+        render = render.with_thinking(like=student_render if own is None else None)
         render.check("teacher")
+        compare_thoughts(student_render, render)
         tables = None
         if args.objective in PREFIX_OBJECTIVES:
             heads = (LMHead.from_model(student), LMHead.from_model(teacher.model))

@@ -77,6 +77,7 @@ class SimCTConfig(SimCTOptions, TrainingArguments):
             "chat_template_kwargs",
             "teacher_chat_template_kwargs",
             "teacher_server_kwargs",
+            "vllm_kwargs",
             "lr_scheduler_kwargs",
         ):
             setattr(self, name, mapping(name, getattr(self, name)))
@@ -228,11 +229,12 @@ class SimCTConfig(SimCTOptions, TrainingArguments):
 
     def engine_options(self, student) -> dict:
         """The keyword arguments of `simct.rollouts.engines.build_engine`."""
-        share = self.vllm_gpu_memory_utilization
+        share, more = self.vllm_gpu_memory_utilization, mapping("vllm_kwargs", self.vllm_kwargs)
         return dict(
             dtype=self.rollout_precision(student),
             kv_cache_gb=self.kv_cache_gb,
-            vllm_options={} if share is None else {"gpu_memory_utilization": share},
+            max_logprob_gap=self.max_logprob_gap,
+            vllm_options={**({} if share is None else {"gpu_memory_utilization": share}), **(more or {})},
             server_url=self.vllm_server_url,
             sync_folder=self.vllm_sync_dir,
         )

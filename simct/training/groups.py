@@ -24,7 +24,7 @@ GROUPS = {
         (
             "max_new_tokens", "temperature", "top_p", "stop_strings", "num_generations", "num_iterations", "on_policy_fraction",
             "rollout_engine", "rollout_dtype", "kv_cache_gb", "max_logprob_gap", "vllm_gpu_memory_utilization", "vllm_server_url",
-            "vllm_sync_dir",
+            "vllm_sync_dir", "vllm_kwargs",
         ),
     ),
     "objective": Group(

@@ -19,7 +19,7 @@ from simct.training.groups import GROUPS
 PAPER = "2605.07711"
 PROMPTS = 200  # of the data, whose text the coverage is measured on
 # Of a run on one machine, and nothing that another needs to know.
-ELSEWHERE = ("backend", "chunk_rows", "offload_teacher", "use_cpu", "vllm_server_url", "vllm_sync_dir")
+ELSEWHERE = ("backend", "chunk_rows", "offload_teacher", "use_cpu", "vllm_server_url", "vllm_sync_dir", "vllm_kwargs")
 
 
 class ModelCards:

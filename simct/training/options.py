@@ -86,12 +86,13 @@ class SimCTOptions:
     )
     max_logprob_gap: float = option(
         0.2,
-        "Warn if the engine's log-probabilities of its samples are this far from the trainer's own, on average.",
+        "Warn if the engine's log-probabilities of its samples are this far from the trainer's own, on average. A vLLM that is, "
+        "right after a change of weights, ends the run.",
         "Lower it to watch an engine closely.",
     )
     vllm_gpu_memory_utilization: float | None = option(
         None,
-        "rollout_engine=vllm, in this process: its share of the GPU's memory.",
+        "rollout_engine=vllm, in this process: its share of the GPU's memory; what the training leaves if not given.",
         "Lower it where training runs out of memory beside it.",
     )
     vllm_server_url: str | None = option(
@@ -100,7 +101,13 @@ class SimCTOptions:
     vllm_sync_dir: str | None = option(
         None,
         "rollout_engine=vllm-server: a folder that trainer and server both see, for the weights.",
-        "With that engine, always; in memory (/dev/shm) on one machine.",
+        "With that engine, always, unless weights go by NCCL; in memory (/dev/shm) on one machine.",
+    )
+    vllm_kwargs: dict | str | None = option(
+        None,
+        "More options of a vLLM engine, as JSON. vllm: max_model_len, sleep, tensor_parallel_size, max_num_seqs and those of "
+        "vllm.LLM; vllm-server: max_model_len, concurrency, timeout, wait, sync_dtype ...",
+        "For a student that wants several GPUs, or streamed prompts, whose longest is not known.",
     )
 
     # Prompts
@@ -111,11 +118,15 @@ class SimCTOptions:
     )
     chat_template_kwargs: dict | str | None = option(
         None,
-        "Options of the student's chat template, as JSON: '{\"enable_thinking\": false}'.",
+        "Options of the student's chat template, as JSON: '{\"enable_thinking\": false}' (what the template does by itself if not "
+        "given).",
         "For templates that can do several things.",
     )
     teacher_chat_template_kwargs: dict | str | None = option(
-        None, "Options of the teacher's chat template, as JSON; the student's if not given.", "Where the two differ."
+        None,
+        "Options of the teacher's chat template, as JSON ('{}': none). If not given the student's, and enable_thinking as the "
+        "student thinks.",
+        "Where the two differ.",
     )
     teacher_system_prompt: str | None = option(
         None,

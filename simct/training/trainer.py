@@ -94,7 +94,7 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         processing_class = load_tokenizer(processing_class, model, "student", **options)
         check_vocabulary(model, processing_class, "student")
         teachers = load_teachers(teacher, teacher_processing_class, args, student=model)
-        render = Renderer(processing_class, args.prompt_format, args.chat_template_kwargs or {})
+        render = Renderer(processing_class, args.prompt_format, args.chat_template_kwargs or {}).with_thinking()
         render.check("student")
         scorers = {name: Scorer.build(found, model, render, args) for name, found in teachers.items()}
         if peft_config is not None:
@@ -125,13 +125,19 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         self.recorder = Recorder(args, self.accelerator)
         self.phase, self.ratios = self.recorder.phase, self.recorder.ratios
         self.sampling = args.sampling(self.pair.student_end_ids, pad_id=processing_class.pad_token_id or 0)
+        # Every prompt has been rendered, unless they are streamed.
+        known = hasattr(train_dataset, "__len__")
+        options = {
+            "max_model_len": render.longest + args.max_new_tokens if known else None,
+            **args.engine_options(student),
+        }
         self.engine = build_engine(
             args.rollout_engine,
             student,
             processing_class,
             sharded=self.is_fsdp_enabled,
             device=args.device,
-            **args.engine_options(student),
+            **options,
         )
         self.collector = Collector(self.engine, processing_class, render, self.scorers, args, self.phase)
         self.student_prompt = render

@@ -2,15 +2,21 @@
 
 import dataclasses
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simct.commands import answers
 from simct.commands.answers import AnswerArguments, as_columns, choose, write_answers
 from simct.commands.recipe import find_recipe, list_recipes, read_options
-from simct.data.prompts import prompt_of
+from simct.data.prompts import prompt_of, render_prompt
 from simct.data.records import read_prompts
 from simct.demo import ASSETS
+from simct.rollouts import engines
+from simct.rollouts.transformers_engines import StaticBatching
 
 
 def right(text: str, answer: str) -> bool:
@@ -79,6 +85,39 @@ def test_answers_are_written_for_the_warm_up(data, tmp_path):
         assert other["prompt"] + other["completion"] == row["messages"]
 
 
+@pytest.mark.parametrize("name", ["vllm", "vllm-server"])
+def test_vllm_answers_with_a_context_for_the_longest_prompt(name, data, tmp_path, monkeypatch):
+    """vLLM itself stands aside: what it is made with, and that its samples are those that are written."""
+    made = []
+
+    class Stand(StaticBatching):
+        def __init__(self, where, **options):
+            made.append((where, options))
+            super().__init__(AutoModelForCausalLM.from_pretrained(ASSETS / "teacher", dtype=torch.float32))
+
+    monkeypatch.setattr(engines, "_vllm_engine", lambda: SimpleNamespace(ColocatedVLLM=Stand))
+    monkeypatch.setattr("simct.rollouts.vllm_server.ServedVLLM", Stand)
+    url = {"vllm_server_url": "http://127.0.0.1:9"} if name == "vllm-server" else {}
+    counts = write_answers(arguments(data, tmp_path, rollout_engine=name, **url), grade=right)
+    plain = arguments(data, tmp_path / "plain")
+    assert write_answers(plain, grade=right) == counts and counts["kept"]
+    assert Path(plain.output).read_bytes() == (tmp_path / "out" / "train.jsonl").read_bytes()
+    ((where, options),) = made
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "teacher")
+    longest = max(len(render_prompt(prompt_of(record), tokenizer)) for record in read_prompts(data))
+    assert options["max_model_len"] == longest + 40
+    assert where == (url.get("vllm_server_url") or str(ASSETS / "teacher"))
+    assert (options.get("dtype"), options.get("gpu_memory_utilization")) == (
+        ("float32", 0.9) if name == "vllm" else (None, None)
+    )
+
+
+def test_engines_that_are_not_there_are_named(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="rollout_engine is 'vllm', but vLLM is not installed"):
+        write_answers(arguments(data, tmp_path, rollout_engine="vllm"), grade=right)
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(data, tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "BATCH", 2)
     whole = arguments(data, tmp_path / "whole")
@@ -129,6 +168,8 @@ def test_as_columns_keeps_a_conversation():
         ({"columns": "text"}, "columns is 'text'"),
         ({"samples": 0}, "samples is 0: expected at least 1"),
         ({"dtype": "int4ish"}, "dtype is 'int4ish'"),
+        ({"rollout_engine": "vllms"}, "rollout_engine is 'vllms': expected one of 'auto'"),
+        ({"rollout_engine": "vllm-server"}, "vllm_server_url is not given: expected http://host:port"),
     ],
 )
 def test_options_out_of_range(data, tmp_path, changes, message):

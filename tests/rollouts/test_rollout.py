@@ -1,4 +1,5 @@
 import copy
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from simct.data.prompts import render_prompt
+from simct.rollouts import transformers_engines
 from simct.rollouts.protocol import Response, Sampling
 from simct.rollouts.transformers_engines import ContinuousBatching, StaticBatching, make_engine
 from simct.rollouts.vllm_requests import to_response
@@ -86,6 +88,31 @@ def test_the_models_own_sampling_defaults_are_not_used(engine, demo_student, dem
 def test_a_soft_cap_that_is_left_out_is_said(demo_student):
     with pytest.warns(UserWarning, match=r"without its attention soft cap \(50\)"):
         make_engine(demo_student, "continuous")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flash", "cap", "expected"),
+    [
+        (torch.float32, True, 50.0, StaticBatching),
+        (torch.bfloat16, False, 50.0, StaticBatching),
+        (torch.bfloat16, True, 50.0, ContinuousBatching),
+        (torch.bfloat16, False, None, ContinuousBatching),
+    ],
+)
+def test_auto_takes_an_engine_that_keeps_the_soft_cap(demo_student, monkeypatch, dtype, flash, cap, expected):
+    """On an accelerator: the model says that it is on one, and continuous batching's test of it is taken for passed."""
+    model = demo_student.to(dtype)
+    model.config.attn_logit_softcapping = cap
+    monkeypatch.setattr(type(model), "device", property(lambda _: torch.device("cuda")))
+    monkeypatch.setattr(transformers_engines, "is_flash_attn_2_available", lambda: flash)
+    monkeypatch.setattr(ContinuousBatching, "generate", lambda *_, **__: [])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        engine = make_engine(model, "auto")
+    assert type(engine) is expected
+    said = [str(warning.message) for warning in told if "soft cap" in str(warning.message)]
+    assert bool(said) == (expected is StaticBatching)
+    assert all("using static batches" in text for text in said)
 
 
 def test_a_model_that_continuous_batching_cannot_serve_is_refused():

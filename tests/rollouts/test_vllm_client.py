@@ -1,14 +1,20 @@
 """The vLLM engines without a vLLM: requests, answers, servers that are not what they should be. `vllm_engines` has a real one."""
 
+import copy
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from json_server import replying, serving
+from safetensors.torch import load_file
 
 from simct.rollouts.protocol import Response, Sampling
+from simct.rollouts.transformers_engines import StaticBatching
 from simct.rollouts.vllm_engine import ColocatedVLLM, colocated_from_model
+from simct.rollouts.vllm_plugin import BACKEND
 from simct.rollouts.vllm_requests import request_seed, request_settings, to_response
 from simct.rollouts.vllm_server import ServedVLLM
 
@@ -224,13 +230,86 @@ def test_a_server_that_returns_text_alone_is_refused():
             ServedVLLM(url).generate([[5]], SETTINGS, seed=0)
 
 
+def completions(model, apart=0.0):
+    """Answers as a vLLM with the model's weights would give them: greedy, `apart` off in each log-probability."""
+    model = copy.deepcopy(model).eval()
+
+    def answer(body):
+        settings = Sampling(tuple(body["stop_token_ids"]), 0, body["max_tokens"], temperature=0.0)
+        (response,) = StaticBatching(model).generate([body["prompt"]], settings, seed=0)
+        logprobs = [value - apart for value in response.logprobs]
+        choice = {"token_ids": response.token_ids, "finish_reason": response.finish_reason, "stop_reason": None}
+        return {"choices": [choice | {"logprobs": {"token_logprobs": logprobs}}]}
+
+    return answer
+
+
+FILES = {
+    "vllm_config": {"model_config": MODEL | {"dtype": "torch.bfloat16"}, "weight_transfer_config": {"backend": BACKEND}}
+}
+
+
 def test_weights_are_loaded_while_the_server_pauses(demo_student, tmp_path):
-    with server(answers()) as (url, asked):
+    with server(answers(v1__completions=completions(demo_student))) as (url, asked):
         ServedVLLM(url, sync_folder=tmp_path).update_weights(demo_student)
-    changes = ["/pause", "/collective_rpc", "/reset_prefix_cache", "/resume"]
-    assert [route for route, _, _ in asked][-4:] == changes
+    routes = [route for route, _, _ in asked]
+    start = routes.index("/pause")
+    assert routes[start : start + 4] == ["/pause", "/collective_rpc", "/reset_prefix_cache", "/resume"]
+    assert set(routes[start + 4 :]) == {"/v1/completions"}  # the comparison with the student
     rpc = dict((route, body) for route, body, _ in asked)["/collective_rpc"]
     assert rpc["method"] == "reload_weights" and rpc["kwargs"]["weights_path"].startswith(str(tmp_path))
+
+
+def test_weights_go_by_vllms_own_routes_where_the_server_has_the_engine_for_files(demo_student, tmp_path):
+    dtypes = []
+
+    def look(body):
+        (file,) = Path(body["update_info"]["folder"]).glob("*.safetensors")
+        dtypes.extend(tensor.dtype for tensor in load_file(file).values())
+        return {}
+
+    routes = {"/start_weight_update": {}, "/update_weights": look, "/finish_weight_update": {}}
+    routes["/init_weight_transfer_engine"] = {}
+    found = answers(v1__completions=completions(demo_student), server_info=FILES) | routes
+    with server(found) as (url, asked):
+        engine = ServedVLLM(url, sync_folder=tmp_path)
+        engine.update_weights(demo_student)
+        engine.update_weights(demo_student)
+    changes = [route for route, _, _ in asked if "completions" not in route][4:]
+    update = ["/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/resume"]
+    assert changes == ["/pause", "/init_weight_transfer_engine", *update, "/pause", *update]
+    assert set(dtypes) == {torch.bfloat16}, "float32 master weights travel as the server computes"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "apart", "refused"),
+    [("bfloat16", 0.1, False), ("bfloat16", 0.3, True), ("float32", 0.03, False), ("float32", 0.1, True)],
+)
+def test_a_server_that_samples_from_other_weights_ends_the_run(demo_student, tmp_path, dtype, apart, refused):
+    info = {"vllm_config": {"model_config": MODEL | {"dtype": f"torch.{dtype}"}}}
+    demo_student.train()
+    with server(answers(v1__completions=completions(demo_student, apart), server_info=info)) as (url, _):
+        engine = ServedVLLM(url, sync_folder=tmp_path, sync_dtype="float32")
+        message = r"its log-probabilities of \d+ tokens are 0.[0-9]+ from the student's"
+        with pytest.raises(RuntimeError, match=message) if refused else nullcontext():
+            engine.update_weights(demo_student)
+    assert demo_student.training and not list(tmp_path.iterdir())
+
+
+def test_a_tied_head_that_keeps_its_old_weights_ends_the_run(demo_student, tmp_path):
+    """What `reload_weights` did on a CPU: all but the packed copy of the head was new."""
+    stale = copy.deepcopy(demo_student)
+    stale.lm_head.weight = torch.nn.Parameter(demo_student.lm_head.weight.detach() * 1.2)
+    with server(answers(v1__completions=completions(stale))) as (url, _):
+        with pytest.raises(RuntimeError, match="it samples from other weights, or computes this model otherwise"):
+            ServedVLLM(url, sync_folder=tmp_path).update_weights(demo_student)
+
+
+def test_a_weight_transfer_that_is_not_known_is_named():
+    info = {"vllm_config": {"model_config": MODEL, "weight_transfer_config": {"backend": "ipc"}}}
+    with server(answers(server_info=info)) as (url, _):
+        with pytest.raises(ValueError, match=f"takes weights by 'ipc': expected .* the backend nccl or {BACKEND}"):
+            ServedVLLM(url)
 
 
 @pytest.mark.parametrize("route, answer", [("collective_rpc", (500, {})), ("reset_prefix_cache", {"success": False})])

@@ -316,6 +316,33 @@ def test_template_options_reach_the_template(tmp_path):
     assert teacher.decode(sample.teacher_prompt, skip_special_tokens=True) == "Return the without thought"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected", "told"),
+    [
+        (None, " with {'key': 1}", False),  # the student's
+        ("{}", "", True),  # none, not the student's: the template's own, which thinks
+        ('{"enable_thinking": false}', "", False),
+    ],
+)
+def test_options_of_the_teachers_template(tmp_path, given, expected, told):
+    """The student's hold where none are given, an empty mapping is given; and a thought on one side is told before the run."""
+    student, teacher = AutoTokenizer.from_pretrained(STUDENT), AutoTokenizer.from_pretrained(TEACHER)
+    student.chat_template = "{{ messages[0].content }}"
+    teacher.chat_template = student.chat_template + (
+        "{% if key %} with {{ {'key': key} }}{% endif %}"
+        "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+    )
+    arguments = config(tmp_path, chat_template_kwargs='{"key": 1}', teacher_chat_template_kwargs=given)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = SimCTTrainer(
+            STUDENT, TEACHER, arguments, PROMPTS[:1], processing_class=student, teacher_processing_class=teacher
+        )
+    (scorer,) = trainer.scorers.values()
+    assert teacher.decode(scorer.render({"prompt": "Hi"})) == "Hi" + expected + ("<think>" if told else "")
+    assert any("opens a thought (<think>)" in str(warning.message) for warning in caught) == told
+
+
 def test_lora_exports_a_merged_student_and_trains_a_head_of_its_own(tmp_path):
     from peft import LoraConfig
 

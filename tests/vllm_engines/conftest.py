@@ -20,8 +20,9 @@ from simct.data.prompts import render_prompt
 from simct.demo import ASSETS
 from simct.rollouts.protocol import Sampling
 from simct.rollouts.transformers_engines import StaticBatching
+from simct.rollouts.vllm_plugin import BACKEND
 
-MAX_MODEL_LEN = 128
+MAX_MODEL_LEN, VOCABULARY = 256, 3072
 TEXTS = ["The", "Return the", "This method is called", "If the", "A list of names that", "The"]
 
 
@@ -33,14 +34,20 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def prompts(demo_tokenizers):
-    return [render_prompt(text, demo_tokenizers[0]) for text in TEXTS]
+def tokenizer(demo_tokenizers):
+    """Of the model that the engines serve: the demo's teacher, as a student. It is a Llama with a tied head, of which vLLM without
+    a GPU keeps a packed copy (of the demo student's, a Gemma-2, it keeps none)."""
+    return demo_tokenizers[1]
 
 
 @pytest.fixture(scope="session")
-def sampling(demo_tokenizers):
-    """Settings of a call, the rest being the demo student's."""
-    tokenizer = demo_tokenizers[0]
+def prompts(tokenizer):
+    return [render_prompt(text, tokenizer) for text in TEXTS]
+
+
+@pytest.fixture(scope="session")
+def sampling(tokenizer):
+    """Settings of a call, the rest being the model's."""
 
     def settings(**options):
         return Sampling(
@@ -48,6 +55,14 @@ def sampling(demo_tokenizers):
         )
 
     return settings
+
+
+@pytest.fixture(scope="session")
+def tied_folder(tmp_path_factory, demo_teacher, tokenizer):
+    folder = tmp_path_factory.mktemp("tied")
+    demo_teacher.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -62,9 +77,9 @@ def student_folder(tmp_path_factory, demo_tokenizers):
 
 
 @pytest.fixture
-def student(student_folder, engine):
+def student(tied_folder, engine):
     """A fresh student, and the engine (a fixture of the test's module) with its weights."""
-    model = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tied_folder, dtype=torch.float32)
     engine.update_weights(model)
     return model
 
@@ -117,12 +132,15 @@ def run_server(model, port, log, options, environment=None):
 
 
 @pytest.fixture(scope="session")
-def server_url(tmp_path_factory, student_folder):
-    """A vLLM server of the demo student."""
+def server_url(tmp_path_factory, tied_folder):
+    """The vLLM server that takes weights, and says every token's log-probability: starting one is most of what these tests take."""
     pytest.importorskip("vllm")
-    options = {"--served-model-name": "student", "--max-model-len": str(MAX_MODEL_LEN)}
+    options = {
+        "--served-model-name": "student", "--max-model-len": str(MAX_MODEL_LEN), "--max-logprobs": str(VOCABULARY),
+        "--weight-transfer-config": f'{{"backend": "{BACKEND}"}}',
+    }  # fmt: skip
     log = tmp_path_factory.mktemp("server") / "log"
-    with run_server(student_folder, free_port(), log, options, {"VLLM_SERVER_DEV_MODE": "1"}) as (url, _):
+    with run_server(tied_folder, free_port(), log, options, {"VLLM_SERVER_DEV_MODE": "1"}) as (url, _):
         yield url
 
 

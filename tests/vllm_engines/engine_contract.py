@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from .conftest import MAX_MODEL_LEN, greedy, own_logprobs, plain, take_steps
+from .conftest import MAX_MODEL_LEN, VOCABULARY, greedy, own_logprobs, plain, take_steps
 
 
 class EngineContract:
+    samples = 1500
+
     def test_greedy_responses_are_those_of_transformers_before_and_after_steps(
         self, engine, student, prompts, sampling
     ):
@@ -45,7 +47,7 @@ class EngineContract:
 
     def test_samples_follow_the_students_distribution(self, engine, student, prompts, sampling):
         """First tokens of many samples against softmax: a top_k or a penalty from anywhere would show."""
-        prompt, count = prompts[0], 1500
+        prompt, count = prompts[0], self.samples
         samples = engine.generate([prompt] * count, sampling(max_new_tokens=1), seed=3)
         with torch.no_grad():
             probability = student.eval()(torch.tensor([prompt])).logits[0, -1].float().softmax(-1)
@@ -64,10 +66,7 @@ class EngineContract:
             own = own_logprobs(student, prompt, response.token_ids)
             torch.testing.assert_close(torch.tensor(response.logprobs), own, atol=1e-3, rtol=0)
 
-    def test_responses_end_with_an_end_token_or_run_out_of_budget(
-        self, engine, student, prompts, sampling, demo_tokenizers
-    ):
-        tokenizer = demo_tokenizers[0]
+    def test_responses_end_with_an_end_token_or_run_out_of_budget(self, engine, student, prompts, sampling, tokenizer):
         comma = tokenizer.convert_tokens_to_ids(",")
         settings = sampling(end_ids=(tokenizer.eos_token_id, comma), max_new_tokens=16)
         responses = engine.generate(prompts * 4, settings, seed=1)
@@ -79,11 +78,11 @@ class EngineContract:
             assert response.finish_reason == "stop" or len(response.token_ids) == 16
         assert {r.token_ids[-1] for r in responses if r.finish_reason == "stop"} == set(settings.end_ids)
 
-    def test_only_the_end_ids_end_a_response(self, engine, student, prompts, sampling, demo_tokenizers):
+    def test_only_the_end_ids_end_a_response(self, engine, student, prompts, sampling, tokenizer):
         """The model's own end token is one token among others if the settings do not name it."""
-        eos = demo_tokenizers[0].eos_token_id
+        eos = tokenizer.eos_token_id
         ended = engine.generate(prompts, sampling(), seed=1)
-        going_on = engine.generate(prompts, sampling(end_ids=(demo_tokenizers[0].pad_token_id,)), seed=1)
+        going_on = engine.generate(prompts, sampling(end_ids=(VOCABULARY - 1,)), seed=1)
         short = [i for i, r in enumerate(ended) if r.finish_reason == "stop"]
         assert short
         for i in short:
@@ -91,8 +90,7 @@ class EngineContract:
             assert going_on[i].token_ids[:length] == ended[i].token_ids and going_on[i].token_ids[length - 1] == eos
             assert len(going_on[i].token_ids) > length or length == 24
 
-    def test_stop_strings_end_a_response(self, engine, student, prompts, sampling, demo_tokenizers):
-        tokenizer = demo_tokenizers[0]
+    def test_stop_strings_end_a_response(self, engine, student, prompts, sampling, tokenizer):
         settings = sampling(temperature=0.0)
         i, full = next(
             (i, r.token_ids) for i, r in enumerate(engine.generate(prompts, settings, seed=0)) if len(r.token_ids) > 8
@@ -113,10 +111,10 @@ class EngineContract:
             engine.generate([prompts[0], too_long], sampling(), seed=0)
         with pytest.raises(ValueError, match=r"prompts\[0\] is empty"):
             engine.generate([[]], sampling(), seed=0)
-        with pytest.raises(ValueError, match="token id 2048"):
-            engine.generate([[5, 2048]], sampling(), seed=0)
+        with pytest.raises(ValueError, match=f"token id {VOCABULARY}"):
+            engine.generate([[5, VOCABULARY]], sampling(), seed=0)
         assert engine.generate([], sampling(), seed=0) == []
 
-    def test_another_model_is_refused(self, engine, demo_teacher):
-        with pytest.raises(ValueError, match="serves a model of 2048 token ids, the student has"):
-            engine.update_weights(demo_teacher)
+    def test_another_model_is_refused(self, engine, demo_student):
+        with pytest.raises(ValueError, match=f"serves a model of {VOCABULARY} token ids, the student has"):
+            engine.update_weights(demo_student)

@@ -3,9 +3,11 @@ from contextlib import suppress
 
 import pytest
 
+from simct.commands.answers import AnswerArguments, write_answers
+from simct.demo import ASSETS
 from simct.rollouts.vllm_server import ServedVLLM
 
-from .conftest import MAX_MODEL_LEN, greedy, plain
+from .conftest import MAX_MODEL_LEN, VOCABULARY, greedy, plain, take_steps
 from .engine_contract import EngineContract
 from .test_training import check_equal, trained
 
@@ -14,11 +16,11 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def engine(server_url):
-    return ServedVLLM(server_url, vocab_size=2048, max_model_len=MAX_MODEL_LEN, timeout=120)
+    return ServedVLLM(server_url, vocab_size=VOCABULARY, max_model_len=MAX_MODEL_LEN, timeout=120)
 
 
 class TestServed(EngineContract):
-    pass
+    samples = 600  # a request each
 
 
 def test_another_vocabulary_is_refused(server_url):
@@ -39,7 +41,7 @@ def test_an_unknown_model_name_is_refused(server_url):
 
 
 def test_a_server_left_paused_goes_on(server_url, engine, student, prompts, sampling):
-    engine._post("/pause?mode=wait")
+    engine.post("/pause?mode=wait")
     with pytest.warns(UserWarning, match="left paused"):
         again = ServedVLLM(server_url)
     settings = sampling(temperature=0.0)
@@ -69,15 +71,42 @@ def test_files_of_weights_are_read_from_the_given_folder_and_removed(
     assert plain(engine.generate(prompts, settings, seed=0)) == greedy(student, prompts, settings)
 
 
-def test_greedy_training_runs_agree(tmp_path, student_folder, server_url):
-    served = trained(
-        tmp_path, student_folder, "vllm-server", vllm_server_url=server_url, vllm_sync_dir=str(tmp_path / "sync")
-    )
-    check_equal(served, trained(tmp_path, student_folder, "static"))
+def test_a_tied_head_that_stays_old_is_found(server_url, student, engine, prompts, sampling):
+    """By `reload_weights` vLLM without a GPU keeps the packed copy of the old head; by its own routes, with our engine in it, it
+    does not."""
+    take_steps(student, steps=10)
+    plainly = ServedVLLM(server_url)
+    plainly.transfer = None
+    with pytest.raises(RuntimeError, match="took the student's weights, but its log-probabilities of .* tokens are"):
+        plainly.update_weights(student)
+    engine.update_weights(student)
+    settings = sampling(temperature=0.0)
+    assert plain(engine.generate(prompts, settings, seed=0)) == greedy(student, prompts, settings)
 
 
-def test_weights_that_do_not_fit_are_reported(engine, demo_teacher):
-    """The last test here: it ends the server."""
+def test_greedy_training_runs_agree(tmp_path, tied_folder, server_url):
+    sides = {"teacher": ASSETS / "student"}
+    urls = {"vllm_server_url": server_url, "vllm_sync_dir": str(tmp_path / "sync")}
+    served = trained(tmp_path, tied_folder, "vllm-server", **sides, **urls)
+    check_equal(served, trained(tmp_path, tied_folder, "static", **sides))
+
+
+def test_answers_are_the_served_models(tmp_path, engine, student, server_url, tied_folder):
+    """`simct answers`, greedy: the same from a server as from transformers."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join((ASSETS / "train.jsonl").read_text().splitlines(keepends=True)[:6]))
+    given = dict(samples=1, max_new_tokens=24, temperature=0.0, top_p=1.0, dtype="float32", keep="shortest")
+    for name in "static", "vllm-server":
+        url = server_url if name == "vllm-server" else None
+        output = str(tmp_path / f"{name}.jsonl")
+        counts = write_answers(
+            AnswerArguments(str(tied_folder), str(data), output, rollout_engine=name, vllm_server_url=url, **given)
+        )
+    assert counts["kept_unchecked"]
+    assert (tmp_path / "static.jsonl").read_bytes() == (tmp_path / "vllm-server.jsonl").read_bytes()
+
+
+def test_weights_that_do_not_fit_are_reported(engine, student, demo_student):
     unchecked = ServedVLLM(engine.base_url)
-    with pytest.raises(RuntimeError, match="/collective_rpc answered 500"):
-        unchecked.update_weights(demo_teacher)
+    with pytest.raises(RuntimeError, match="/update_weights answered 500"):
+        unchecked.update_weights(demo_student)
