@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from simct.console import error_line
 from simct.data.prompts import short
-from simct.data.records import COLUMNS, place_of, reference_answer
+from simct.data.records import COLUMNS, place_of, reference_answer, rows
 from simct.data.sources import dataset_rows
 from simct.models.checks import context_length
 
@@ -36,6 +36,18 @@ def check_datasets(train_dataset, eval_dataset) -> None:
             raise ValueError(f"{name} is empty: expected at least one record with a prompt or messages")
 
 
+def check_metric(name: str | None, eval_dataset) -> None:
+    """ValueError for a figure by which the best checkpoint is to be known, and which no record of a single eval_dataset gives."""
+    field, has = {
+        "accuracy": ("an answer", lambda record: record.get("answer") is not None),
+        "forward_kl_per_byte": ("an answer in full", lambda record: reference_answer(record) is not None),
+    }.get((name or "").removeprefix("eval_"), (None, None))
+    if field is None or eval_dataset is None or isinstance(eval_dataset, dict):
+        return
+    if not any(isinstance(record, dict) and has(record) for record in rows(eval_dataset)):
+        raise ValueError(f"metric_for_best_model is {name!r}, but no record of eval_dataset has {field}")
+
+
 def check_run(config, train_dataset, eval_dataset) -> None:
     """What needs no model: processes, data sets, options that exclude each other, a folder to write to."""
     if config.n_gpu > 1:
@@ -43,6 +55,7 @@ def check_run(config, train_dataset, eval_dataset) -> None:
             f"{config.n_gpu} GPUs in one process: expected one process for each (torchrun, accelerate launch)"
         )
     check_datasets(train_dataset, eval_dataset)
+    check_metric(config.metric_for_best_model, eval_dataset)
     if train_dataset is not None and not hasattr(train_dataset, "__len__"):
         if config.max_steps <= 0:
             raise ValueError(

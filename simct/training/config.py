@@ -60,10 +60,13 @@ class SimCTConfig(SimCTOptions, TrainingArguments):
     """
 
     def __post_init__(self) -> None:
-        # What `evaluate` measures, and less of it is better; there is no evaluation loss.
+        # There is no evaluation loss, and the reverse KL alone would choose a student that has narrowed down.
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
-            self.metric_for_best_model = "reverse_kl_per_byte"
-        if (self.metric_for_best_model or "").endswith("reverse_kl_per_byte") and self.greater_is_better is None:
+            raise ValueError(
+                "metric_for_best_model is not given: expected 'accuracy' (eval records with an answer), 'forward_kl_per_byte' "
+                "(eval records with the teacher's answers in full) or another that `evaluate` measures"
+            )
+        if "_kl_per_" in (self.metric_for_best_model or "") and self.greater_is_better is None:
             self.greater_is_better = False
         self._check_numbers()
         # transformers 5.21 and later have a new name, and warn of the one that all supported versions know.

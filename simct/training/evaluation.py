@@ -1,18 +1,29 @@
-"""What `SimCTTrainer.evaluate` measures on held-out prompts: the sequence reverse KL, and accuracy where there are answers."""
+"""What `SimCTTrainer.evaluate` measures on held-out prompts: both sequence KLs, the end of the turn, and accuracy where there are
+answers.
+
+The reverse KL alone rewards a student that narrows down: it falls when the student keeps to what the teacher likes and gives up the
+rest. The forward KL, on texts that the student did not choose, rises then.
+"""
 
 import itertools
+import math
 import time
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
+from simct.data.records import reference_answer
 from simct.training import checks
 from simct.training.collector import numbered_seed
 from simct.training.metrics import ratio_with_standard_error
 from simct.training.micro_batches import split
-from simct.training.samples import Samples, log_ratios
+from simct.training.samples import Samples, end_probabilities, log_ratios
+
+FALLS = 0.1  # of the responses that end, and by how much of itself the forward KL rises, before a collapse is told
+UNLIKELY = 0.01  # the mean probability of an end of turn below which the teacher does not know it
 
 
 @dataclass(frozen=True)
@@ -26,9 +37,10 @@ class Scored:
 
 
 @torch.no_grad()
-def score(trainer, samples: Samples) -> list[Scored]:
-    """The log-probability ratios of sampled texts, in any order. `trainer`: a `SimCTTrainer`, its student in evaluation mode."""
-    args, rows, batches = trainer.args, [], []
+def score(trainer, samples: Samples) -> tuple[list[Scored], list[tuple[float, float]]]:
+    """The log-probability ratios of texts, and `end_probabilities`, in any order. `trainer`: a `SimCTTrainer`, its student in
+    evaluation mode."""
+    args, rows, ends, batches = trainer.args, [], [], []
     for start in range(0, len(samples), args.per_device_eval_batch_size):
         chosen = samples.pick(list(range(len(samples)))[start : start + args.per_device_eval_batch_size])
         batches += split(chosen, trainer.layout, args.max_tokens_per_batch, trainer.default_teacher)
@@ -43,10 +55,11 @@ def score(trainer, samples: Samples) -> list[Scored]:
             Scored(ratio, length, len(response.token_ids), response.finish_reason != "length")
             for ratio, length, response in zip(ratios, lengths, part.responses, strict=True)
         ]
-    return rows
+        ends += end_probabilities(scorer.pair, part, ours, theirs)
+    return rows, ends
 
 
-def summarize(rows: list[Scored]) -> dict[str, float]:
+def summarize(rows: list[Scored], ends: list[tuple[float, float]]) -> dict[str, float]:
     """KL(student || teacher) of whole texts, per byte and per student token, with standard errors over the samples."""
     scored = [row for row in rows if row.bytes]
     per_byte = ratio_with_standard_error([row.ratio for row in scored], [row.bytes for row in scored])
@@ -60,7 +73,44 @@ def summarize(rows: list[Scored]) -> dict[str, float]:
         "response_ended": sum(row.ended for row in rows) / len(rows),
         "samples": len(scored),
         "samples_unscored": len(rows) - len(scored),
+        **(
+            {
+                "end_probability": sum(ours for ours, _ in ends) / len(ends),
+                "teacher_end_probability": sum(theirs for _, theirs in ends) / len(ends),
+            }
+            if ends
+            else {}
+        ),
     }
+
+
+def summarize_answers(rows: list[Scored]) -> dict[str, float]:
+    """log p_teacher - log p_student of given answers, per byte: on the teacher's own samples KL(teacher || student)."""
+    scored = [row for row in rows if row.bytes]
+    found = ratio_with_standard_error([-row.ratio for row in scored], [row.bytes for row in scored])
+    return {"forward_kl_per_byte": found[0], "forward_kl_per_byte_stderr": found[1], "answers": len(scored)}
+
+
+def collapse(first: dict[str, float], now: dict[str, float]) -> str | None:
+    """What speaks for a collapse between two evaluations, in words: the reverse KL fell, and what it does not see got worse."""
+    error = math.hypot(first["reverse_kl_per_byte_stderr"], now["reverse_kl_per_byte_stderr"])
+    if not now["reverse_kl_per_byte"] < first["reverse_kl_per_byte"] - 2 * error:
+        return None
+    worse = []
+    before, after = first["response_ended"], now["response_ended"]
+    noise = 2 * math.sqrt(sum(p * (1 - p) for p in (before, after)) / max(1, now["samples"]))
+    if before - after > max(FALLS, noise):
+        worse.append(f"responses that end went from {before:.0%} to {after:.0%}")
+    before, after = (row.get("forward_kl_per_byte", math.nan) for row in (first, now))
+    if after > (1 + FALLS) * before:
+        worse.append(f"the forward KL on the data's answers rose from {before:.3f} to {after:.3f} nats per byte")
+    if not worse:
+        return None
+    return (
+        f"the reverse KL fell from {first['reverse_kl_per_byte']:.3f} to {now['reverse_kl_per_byte']:.3f} nats per byte, but "
+        f"{' and '.join(worse)}: the student narrows down rather than learns (a smaller learning rate, another objective, or "
+        "answers mixed in with on_policy_fraction)"
+    )
 
 
 def grade(trainer, records: list[dict[str, Any]], seed: int) -> list[list[bool]]:
@@ -90,16 +140,21 @@ def measure(trainer, dataset) -> tuple[dict[str, float], Samples]:
     args = trainer.args
     records = [dataset[i] for i in range(args.process_index, len(dataset), args.world_size)]
     samples = trainer.draw(records)
+    answered = trainer.answers(records)
     student = trainer.accelerator.unwrap_model(trainer.model)
     training = student.training
     student.eval()
     try:
-        rows, graded = score(trainer, samples), grade(trainer, records, numbered_seed(args.seed, 0, args.process_index))
+        rows, ends = score(trainer, samples)
+        given, _ = score(trainer, answered)
+        graded = grade(trainer, records, numbered_seed(args.seed, 0, args.process_index))
     finally:
         student.train(training)
     if trainer.accelerator.num_processes > 1:
-        rows, graded = gather_object(rows), gather_object(graded)
-    metrics = summarize(rows)
+        rows, ends, given, graded = (gather_object(found) for found in (rows, ends, given, graded))
+    metrics = summarize(rows, ends)
+    if given:
+        metrics |= summarize_answers(given)
     if graded:
         from simct.training.grading import accuracy
 
@@ -122,6 +177,9 @@ class Evaluation:
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The sequence reverse KL per byte and per token on held-out prompts, and accuracy where they have an `answer`.
 
+        Where the records hold answers in full (`completion` or a last assistant turn), `forward_kl_per_byte` on those: it is one if
+        they are the teacher's samples (`simct answers --temperature 1`).
+
         One response to each prompt, drawn from the student's own distribution (temperature 1, no truncation: the estimate of
         KL(student || teacher) of whole texts is then unbiased) with the run's seed, so that two evaluations of one student agree.
         """
@@ -137,9 +195,36 @@ class Evaluation:
         measured, self.evaluated = measure(self, dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.recorder.start_window(self.state.global_step)
+        self._warn(metrics, metric_key_prefix)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _warn(self, metrics: dict[str, float], prefix: str) -> None:
+        """Says what figures mean that are bad: a collapse since the first evaluation, an end that the teacher does not know."""
+        now = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
+        earlier = (row for row in self.state.log_history if f"{prefix}_reverse_kl_per_byte" in row)
+        first = next(earlier, None)
+        problem = None
+        if first is not None:
+            problem = collapse({name.removeprefix(f"{prefix}_"): value for name, value in first.items()}, now)
+        if problem is not None:
+            warnings.warn(problem, stacklevel=3)
+        elif first is None and now.get("teacher_end_probability", 1.0) < UNLIKELY:
+            unread = self.args.prompt_format == "text" and getattr(self.teacher.tokenizer, "chat_template", None)
+            chat = ", which has a chat template and is read without it," if unread else ""
+            warnings.warn(
+                f"the teacher{chat} gives the end of the turn a probability of {now['teacher_end_probability']:.2g} after the "
+                "student's finished answers: the student will learn not to end (see prompt_format and special_tokens)",
+                stacklevel=3,
+            )
+
+    def answers(self, records: list[dict[str, Any]]) -> Samples:
+        """The records' own answers in full, where they have one, as samples that the student did not draw."""
+        answered = [record for record in records if reference_answer(record) is not None]
+        if not answered:
+            return Samples()
+        return self.collector.collect(answered, self.sampling, self.args.seed, on_policy_fraction=0.0)
 
     def draw(self, records: list[dict[str, Any]]) -> Samples:
         """One sample of each record from the student's own distribution, the same at every call with the same weights."""

@@ -10,15 +10,18 @@ def evaluation_table(before: dict[str, float], after: dict[str, float]) -> Table
     table.add_column("")
     for column in "before", "after", "change":
         table.add_column(column, justify="right")
-    a, b = before["eval_reverse_kl_per_byte"], after["eval_reverse_kl_per_byte"]
-    da, db = before["eval_reverse_kl_per_byte_stderr"], after["eval_reverse_kl_per_byte_stderr"]
-    error = (da**2 + db**2) ** 0.5
-    change = f"{b - a:+.4f}" + (f" ({(b - a) / error:+.1f} standard errors)" if error > 0 else "")
-    table.add_row("sequence reverse KL, nats per byte", f"{a:.4f} ± {da:.4f}", f"{b:.4f} ± {db:.4f}", change)
-    if "eval_accuracy" in before and "eval_accuracy" in after:
-        a, b = before["eval_accuracy"], after["eval_accuracy"]
-        da, db = before.get("eval_accuracy_stderr", 0.0), after.get("eval_accuracy_stderr", 0.0)
-        table.add_row("right answers", f"{a:.1%} ± {da:.1%}", f"{b:.1%} ± {db:.1%}", f"{b - a:+.1%}")
+    for key, name, form in (
+        ("accuracy", "right answers", ".1%"),
+        ("forward_kl_per_byte", "forward KL on given answers, nats per byte", ".4f"),
+        ("reverse_kl_per_byte", "sequence reverse KL, nats per byte", ".4f"),
+    ):
+        if f"eval_{key}" not in before or f"eval_{key}" not in after:
+            continue
+        a, b = before[f"eval_{key}"], after[f"eval_{key}"]
+        da, db = (row.get(f"eval_{key}_stderr", 0.0) for row in (before, after))
+        error = (da**2 + db**2) ** 0.5
+        change = format(b - a, "+" + form) + (f" ({(b - a) / error:+.1f} standard errors)" if error > 0 else "")
+        table.add_row(name, f"{a:{form}} ± {da:{form}}", f"{b:{form}} ± {db:{form}}", change)
     for key, name, form in (
         ("response_length", "response length, tokens", ".1f"),
         ("response_ended", "responses that ended", ".1%"),

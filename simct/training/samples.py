@@ -94,6 +94,26 @@ def common_length(pair: TokenizerPair, student_ids: list[int], teacher_ids: list
     return sum(map(len, texts[0])) + ended[0]
 
 
+def end_probabilities(
+    pair: TokenizerPair, samples: Samples, student_logprob: Tensor, teacher_logprob: Tensor
+) -> list[tuple[float, float]]:
+    """The probability of the end of the turn by the student and by its teacher, of each response that both sides end.
+
+    Args: as `log_ratios`'.
+    """
+    lengths = samples.response_lengths, [len(ids) for ids in samples.teacher_responses]
+    parts = [
+        values.cpu().split(sizes) for values, sizes in zip((student_logprob, teacher_logprob), lengths, strict=True)
+    ]
+    return [
+        (float(ours[-1].double().exp()), float(theirs[-1].double().exp()))
+        for ids, teacher_ids, ours, theirs in zip(
+            samples.student_responses, samples.teacher_responses, *parts, strict=True
+        )
+        if ids and teacher_ids and ids[-1] in pair.student_end_ids and teacher_ids[-1] in pair.teacher_end_ids
+    ]
+
+
 def segment_sums(values: Tensor, segments: list[list[int]]) -> list[float]:
     """The sum of each of the consecutive stretches of `values` [N] that are as long as the segments."""
     return [float(part.double().sum()) for part in values.cpu().split([len(segment) for segment in segments])]

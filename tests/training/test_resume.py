@@ -253,9 +253,8 @@ def test_a_student_that_is_half_in_its_place_does_not_load(tmp_path, monkeypatch
 
 def test_the_best_checkpoint_is_named_where_it_is(tmp_path):
     options = dict(max_steps=2, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
-    trainer = tiny_trainer(
-        tmp_path, eval_dataset=PROMPTS[:2], **options, load_best_model_at_end=True, save_total_limit=1
-    )
+    best = dict(load_best_model_at_end=True, metric_for_best_model="reverse_kl_per_byte", save_total_limit=1)
+    trainer = tiny_trainer(tmp_path, eval_dataset=PROMPTS[:2], **options, **best)
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert os.path.dirname(best) == str(tmp_path / "run") and problem(best) is None

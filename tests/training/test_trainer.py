@@ -191,7 +191,7 @@ def test_distillation_lowers_the_reverse_kl(tmp_path):
 def test_the_best_checkpoint_is_the_one_of_least_reverse_kl(tmp_path):
     arguments = config(
         tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, logging_steps=4,
-        load_best_model_at_end=True, save_total_limit=1, logging_first_step=False,
+        load_best_model_at_end=True, metric_for_best_model="reverse_kl_per_byte", save_total_limit=1, logging_first_step=False,
     )  # fmt: skip
     trainer = SimCTTrainer(STUDENT, TEACHER, arguments, PROMPTS, HELD_OUT)
     trainer.train()
