@@ -165,11 +165,12 @@ def test_teachers_by_a_column_with_what_only_they_see(tmp_path):
     rows = [{"prompt": p, "teacher": "one" if i % 2 else "two"} for i, p in enumerate(prompts)]
     data.write_text("\n".join(map(json.dumps, rows)))
     teachers = json.dumps({"one": TEACHER, "two": TEACHER})
-    both = run(tmp_path / "both", data=data, teacher=teachers, temperature=0.0)
-    one = run(tmp_path / "one", data=data, temperature=0.0)
+    options = dict(data=data, temperature=0.0, max_steps=1)
+    both = run(tmp_path / "both", teacher=teachers, **options)
+    one = run(tmp_path / "one", **options)
     assert_equal(both, one, rtol=1e-4)
     data.write_text("\n".join(json.dumps({**row, "teacher_context": "Return the name."}) for row in rows))
-    told, _ = run(tmp_path / "told", data=data, temperature=0.0)
+    told, _ = run(tmp_path / "told", **options)
     assert told[0]["response/length"] == one[0][0]["response/length"]  # the student saw nothing of it
     assert told[0]["loss"] != pytest.approx(one[0][0]["loss"], rel=1e-3)
 

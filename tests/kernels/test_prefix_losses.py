@@ -1,6 +1,7 @@
 """What BPM and ESCD have in common: reductions and chunks, numbers that are none, memory, bad input."""
 
 import dataclasses
+import functools
 import random
 
 import pytest
@@ -153,6 +154,7 @@ def test_probabilities_far_below_one_keep_their_gradient(name):
         assert relative_error(gradient, exact.gradients()[part]) < 1e-5, part
 
 
+@functools.cache  # its tables take seconds
 def big_problem(student_size: int, teacher_size: int, rows: int) -> PrefixProblem:
     """Long vocabularies, where rows x vocabulary would be seen."""
     rng = random.Random(0)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from kernels.cases import in_pairs
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from simct.rollouts.draws import draw, uniform_numbers
@@ -15,9 +16,10 @@ def kept(logits, temperature, top_p):
     return logits.double().softmax(dim=1)
 
 
-@pytest.mark.parametrize("vocabulary", [37, 1024, 1300])  # below a block, whole blocks, a rest
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
-@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5, 1e-6])
+@pytest.mark.parametrize(
+    ("top_p", "temperature", "vocabulary"),  # of these, below a block, whole blocks, a rest
+    in_pairs([1.0, 0.95, 0.5, 1e-6], [0.6, 1.0, 1.7], [37, 1024, 1300]),
+)
 def test_numbers_spread_evenly_give_transformers_distribution(temperature, top_p, vocabulary):
     logits = torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(0)) * 3
     logits[1, 5:] = -torch.inf

@@ -131,19 +131,19 @@ def test_a_kept_cache_changes_no_sample(demo_student, demo_tokenizers, prompts):
     kept = ContinuousBatching(demo_student, kv_cache_gb=0.01)
 
     def check(seed, **options):
-        settings = sampling(demo_tokenizers[0], **options)
+        settings = sampling(demo_tokenizers[0], max_new_tokens=12, **options)
         responses = kept.generate(prompts, settings, seed=seed)
         assert responses == ContinuousBatching(fresh).generate(prompts, settings, seed=seed)
         return responses
 
     try:
         first = check(7)
-        assert check(7) == first and check(8) != first
+        assert check(8) != first
         check(7, temperature=0.5)
         with torch.no_grad():
             for parameter in (*demo_student.parameters(), *fresh.parameters()):
                 parameter.mul_(1.05)
-        assert check(7) != first
+        assert check(7) != first  # of these weights, under the settings and the seed of the first call
     finally:
         demo_student.destroy_cached_continuous_batching_manager()
 

@@ -16,7 +16,7 @@ def command(output, *more):
     options = {
         "--student": ASSETS / "student", "--teacher": ASSETS / "teacher", "--data": ASSETS / "train.jsonl",
         "--output_dir": output, "--max_steps": 6, "--save_steps": 2, "--per_device_train_batch_size": 4,
-        "--num_iterations": 3, "--max_new_tokens": 16, "--logging_steps": 1, "--learning_rate": 1e-3,
+        "--num_iterations": 3, "--max_new_tokens": 8, "--logging_steps": 1, "--learning_rate": 1e-3,
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]
     return ["simct.commands.cli", "train", *words, "--use_cpu", "--disable_tqdm", "true", *more]
