@@ -1,4 +1,4 @@
-"""What an arm is judged by, on held-out prompts. No judge knows a tokenizer: both directions of the sequence KL are per byte."""
+"""What an arm is judged by, on held-out prompts; both directions of the sequence KL are per byte."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def judge(trainer, records: list[dict], teacher_samples: TeacherSamples) -> dict
     student.eval()
     try:
         drawn = trainer.draw(records)
-        reverse, forward = score(trainer, drawn), score(trainer, as_samples(trainer, teacher_samples))
+        reverse, _ = score(trainer, drawn)
+        forward, _ = score(trainer, as_samples(trainer, teacher_samples))
         greedy = replace(trainer.sampling, temperature=0.0, top_p=1.0)
         asked = [record for record in records if "answer" in record]
         answers = trainer.generate([trainer.student_prompt(record) for record in asked], greedy, 0)
