@@ -54,6 +54,7 @@ setup(
             "mypy>=1.18",
             "pdoc>=15",  # the API reference builds
         ],
+        "docs": ["mkdocs-material>=9.6", "pdoc>=15"],  # docs/build.py
         "math": ["math-verify[antlr4_11_0]>=0.8"],  # grades answers: boxed, LaTeX, numbers
         "eval": ["lm-eval[hf]>=0.4.13"],  # simct eval
         "bench": [

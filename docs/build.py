@@ -1,13 +1,17 @@
-"""`python docs/build.py FOLDER`: the API reference of the installed packages, from their docstrings, as HTML pages in FOLDER.
+"""`python docs/build.py FOLDER`: the documentation as pages in FOLDER, with the API reference from the docstrings in FOLDER/api.
 
-Also writes docs/options.md from the options' own texts, and stops at a link between the Markdown files that leads nowhere.
+Also writes docs/options.md from the options' own texts, and stops at a link between the Markdown files that leads nowhere. Guides
+become pages where mkdocs-material is installed (extra `docs`).
 """
 
 import argparse
 import re
+import shutil
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ROOT / "docs" / "options.md"
@@ -32,11 +36,44 @@ def main(arguments: list[str] | None = None) -> None:
     OPTIONS.write_text(options_page(), encoding="utf-8")
     if broken := list(broken_links()):
         sys.exit("\n".join(broken))
+    with TemporaryDirectory() as staged:
+        made = [*api(Path(staged) / "api"), *pages(Path(staged), folder)]
+    print(
+        f"wrote {OPTIONS} and {', '.join(made)}" if made else f"wrote {OPTIONS}; for pages: pip install 'simct[docs]'"
+    )
+
+
+def api(folder: Path) -> Iterator[str]:
+    """The API reference of the installed packages."""
     import pdoc
 
     pdoc.render.configure(docformat="google", show_source=True)
     pdoc.pdoc(*MODULES, output_directory=folder)
-    print(f"wrote {OPTIONS} and {folder}/index.html")
+    yield "the API reference"
+
+
+def pages(staged: Path, folder: Path) -> Iterator[str]:
+    """The guides, by mkdocs, from a copy that lies as the repository does; without mkdocs-material what is staged alone."""
+    if find_spec("material") is None:
+        shutil.copytree(staged, folder, dirs_exist_ok=True)
+        return
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, staged)
+    for name in ("docs", "bench/results", "examples"):
+        shutil.copytree(
+            ROOT / name, staged / name, ignore=shutil.ignore_patterns("*.yml", "__pycache__", "build.py", "figures.py")
+        )
+    for page in staged.glob("docs/**/*.md"):  # the code that a page names
+        for link in re.findall(r"\]\(([^)\s:]+\.py)\)", page.read_text(encoding="utf-8")):
+            place = (page.parent / link).resolve()
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / place.relative_to(staged.resolve()), place)
+    config = load_config(str(ROOT / "docs" / "mkdocs.yml"), docs_dir=str(staged), site_dir=str(folder), strict=True)
+    build(config)
+    yield f"{folder}/docs/index.html"
 
 
 def options_page() -> str:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import fields
+from importlib.util import find_spec
 
 import pytest
 
 from bench.record import REPOSITORY
 from simct import SimCTConfig
+from simct.commands.cli import COMMANDS
 from simct.commands.train import RunArguments
 from simct.training.groups import GROUPS, HIDDEN
 from simct.training.options import INHERITED, SimCTOptions
@@ -64,12 +66,36 @@ def test_api_reference_builds(tmp_path):
     functions = runpy.run_path(str(BUILD))
     functions["main"].__globals__["OPTIONS"] = tmp_path / "options.md"
     functions["main"]([str(tmp_path / "site")])
-    page = (tmp_path / "site" / "simct_kernels.html").read_text(encoding="utf-8")
+    reference = tmp_path / "site" / "api"
+    page = (reference / "simct_kernels.html").read_text(encoding="utf-8")
     assert (
         "linear_simct_loss" in page
         and "AlignedUnits" in page
-        and (tmp_path / "site" / "simct" / "training" / "trainer.html").is_file()
+        and (reference / "simct" / "training" / "trainer.html").is_file()
     )
+
+
+@pytest.mark.skipif(find_spec("material") is None, reason="mkdocs-material is not installed (extra docs)")
+def test_the_site_builds(tmp_path):
+    """Strictly: a link or a heading that is not there is an error. It loads nothing from elsewhere."""
+    staged = tmp_path / "staged"
+    (staged / "api").mkdir(parents=True)
+    (staged / "api" / "index.html").write_text("<p>API</p>")
+    assert list(runpy.run_path(str(BUILD))["pages"](staged, tmp_path / "site"))
+    landing = (tmp_path / "site" / "docs" / "index.html").read_text(encoding="utf-8")
+    for guide in REPOSITORY.glob("docs/**/*.md"):
+        page = guide.relative_to(REPOSITORY / "docs").with_suffix("")
+        assert page.name == "index" or f'href="{page}/"' in landing, page
+    assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://(?!www\.)[^"]*"', landing)
+
+
+def test_the_landing_page_ties_the_guides():
+    text = (REPOSITORY / "docs" / "index.md").read_text(encoding="utf-8")
+    guides = {str(page.relative_to(REPOSITORY / "docs")) for page in REPOSITORY.glob("docs/**/*.md")} - {"index.md"}
+    assert guides <= set(re.findall(r"\]\(([^)#]+)", text))
+    assert set(re.findall(r"^\| `simct (\w+)", text, re.MULTILINE)) <= set(COMMANDS)
+    navigation = (REPOSITORY / "docs" / "mkdocs.yml").read_text(encoding="utf-8")
+    assert all(f"docs/{guide}\n" in navigation for guide in guides)
 
 
 @pytest.mark.slow

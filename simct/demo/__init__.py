@@ -59,16 +59,9 @@ def run_demo(
     bar = ProgressBar.install(trainer, console)
 
     console.print(pair_table(trainer.pair, trainer.processing_class, trainer.teacher.tokenizer))
-    one, longer = ("1:1", "green"), ("longer", "yellow")
-    console.print(
-        Text.assemble(
-            "\nOne text, cut by both tokenizers (",
-            one,
-            " one-to-one, which SimpleOPD supervises too, ",
-            longer,
-            " SimCT only):",
-        )
-    )
+    one, longer = ("one-to-one", "green"), ("longer", "yellow")
+    said = ("\nOne text, cut by both tokenizers (", one, ": SimpleOPD and SimCT, ", longer, ": SimCT only):")
+    console.print(Text.assemble(*said), soft_wrap=True)
     console.print(cut_text(trainer.pair.cut(SENTENCE), console.width), soft_wrap=True)
     console.print()
     texts = [record["prompt"] for record in held_out]
