@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -141,9 +142,8 @@ def slow(*cases) -> list:
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
 
 
-def in_pairs(first: list, second: list, third: list) -> list:
-    """All of first x second x third, of which the quick ones hold every pair of values (as long as no list but the first is
-    longer than the one before it, and the third none but the second's length)."""
+def in_pairs(first: Sequence, second: Sequence, third: Sequence) -> list:
+    """All of first x second x third; the quick ones hold every pair of values, as long as the third is the shortest."""
     return [
         pytest.param(a, b, c, marks=() if (i + j) % len(third) == k else pytest.mark.slow)
         for i, a in enumerate(first)

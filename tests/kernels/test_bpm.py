@@ -11,17 +11,20 @@ from simct_kernels.objectives.bpm import _plan
 from simct_kernels.objectives.segments import expand
 from simct_kernels.reference.prefix import bpm_losses
 
-from .cases import make_shared, relative_error, slow
+from .cases import in_pairs, make_shared, relative_error, slow
 from .prefix_cases import BOTH, LOSSES, PrefixProblem, prefix_problem, run
 
 KINDS = [{}, {"merge": 0.4}, {"softcap": 3.0, "scale": 0.5}, {"bias": False, "dropped": 0.0}]
 
 
 @BOTH
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
-def test_values_and_gradients_are_the_oracles(name, seed, kind, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("seed", "kind", "precision"),
+    in_pairs(range(6), KINDS, [(torch.float64, 1e-12), (torch.float32, 1e-5)]),
+    ids=str,
+)
+def test_values_and_gradients_are_the_oracles(name, seed, kind, precision):
+    dtype, tolerance = precision
     exact = prefix_problem(seed, **kind)
     expected = exact.reference(name, 1.5)
     weights = torch.linspace(0.5, 2, len(expected), dtype=torch.float64)

@@ -1,4 +1,7 @@
-"""A run that is killed in the middle of a step, and goes on from its last checkpoint: the weights of a run that never was."""
+"""A run that is killed in the middle of a step, and goes on from its last checkpoint: the weights of a run that never was.
+
+`test_resume.py` has this without a signal, in little time; `test_soak.py` has it two hundred times.
+"""
 
 import shutil
 import signal
@@ -27,6 +30,7 @@ def finish(programs, output, *more):
     return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).state_dict()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_never_killed(programs, tmp_path):
     whole = finish(programs, tmp_path / "whole")
     killed = tmp_path / "killed"

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from kernels.cases import slow
 from safetensors.torch import load_file, save_file
 from test_trainer import PROMPTS, STUDENT, StopAt, assert_same_weights, config, logs
 from test_wrong_runs import files, stream
@@ -181,7 +182,7 @@ def dying_within_a_file(content, path):
     raise Died
 
 
-@pytest.mark.parametrize("at", ["save_pretrained", "torch.save", "write_last"])
+@pytest.mark.parametrize("at", ["save_pretrained", *slow("torch.save"), "write_last"])
 def test_a_checkpoint_is_written_again_beside_the_one_that_is_there(run, monkeypatch, at):
     folder, trainer = run
     before = files(folder / "checkpoint-3")
