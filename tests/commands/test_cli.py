@@ -1,6 +1,7 @@
 """The command line, end to end."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simct import console
 from simct.commands.cli import main
+from simct.commands.train import quiet_libraries
 from simct.data import records
 from simct.demo import ASSETS
 
@@ -135,6 +137,9 @@ def test_a_run_as_it_comes(simct, tmp_path, data):
     ]
     saving = ["--per_device_train_batch_size", 2, "--save_strategy", "steps", "--save_steps", 1]
     first = simct("train", *options, *saving, "--max_steps", 2)
+    assert not [
+        noise for noise in ("FutureWarning", "gemm_4bit", "Loading weights", "Writing model", "it/s") if noise in first
+    ]
     assert "step    1  loss " in first and "step    2  loss " in first
     before = json.loads((tmp_path / "run" / "evaluation_before.json").read_text())
     resumed = simct("train", *options, *saving, "--max_steps", 3, "--resume_from_checkpoint", "latest")
@@ -148,6 +153,24 @@ def test_a_run_as_it_comes(simct, tmp_path, data):
     assert "is of another run: the data are not the same" in refused
     card = (tmp_path / "run" / "README.md").read_text()
     assert "- Recipe: `demo/distil`" in card and "| held-out prompts | step 0 | step 3 |" in card
+
+
+def test_libraries_are_quiet():
+    """No bars of loading and writing, no word of kernels that are for a GPU."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.enable_progress_bar()
+    datasets.enable_progress_bars()
+    try:
+        quiet_libraries()
+        assert not transformers_logging.is_progress_bar_enabled() and datasets.are_progress_bars_disabled()
+        assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+        assert logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.ERROR)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def test_a_dry_run_needs_neither_the_data_nor_the_device(simct, tmp_path):
@@ -180,6 +203,9 @@ def test_inspect(simct, tmp_path):
     assert "100.0%" not in next(line for line in output.splitlines() if "by string (SimpleOPD, public code)" in line)
     assert output.index("What follows from the figures") < output.index("by bytes (units=single)")
     assert "by script" not in output
+    words = " ".join(output.replace("│", " ").split())
+    assert "the public code's rule (alignment=anchored)" in words and "not equal as strings" in words
+    assert "not_matched" not in output and "longer_unit" not in output
     verbose = simct("inspect", STUDENT, TEACHER, "--verbose")
     assert "SimCT by bytes" in verbose and "Shared vocabulary by script" in verbose
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 import yaml
@@ -97,6 +98,12 @@ def test_steps_hand_over_to_one_another(pair):
     assert distil["teacher"] == public["teacher"] == answers["model"]
     assert evaluation["checkpoint"] == distil["output_dir"] != public["output_dir"]
     assert (answers["columns"] == "messages") == ("assistant_only_loss" in sft)
+
+
+def test_the_demos_recipe_finds_its_own_files():
+    options = options_of("demo/distil")
+    assert all(Path(options[name], "tokenizer.json").is_file() for name in ("student", "teacher"))
+    assert Path(options["data"]).is_file()
 
 
 def test_pairs_differ_in_their_models_only():
