@@ -5,6 +5,7 @@ become pages where mkdocs-material is installed (extra `docs`).
 """
 
 import argparse
+import logging
 import re
 import shutil
 import sys
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(arguments).folder
+    logging.basicConfig(level=logging.WARNING)  # mkdocs says by it what is wrong
     OPTIONS.write_text(options_page(), encoding="utf-8")
     if broken := list(broken_links()):
         sys.exit("\n".join(broken))

@@ -24,7 +24,7 @@ from simct.data.prompts import Prompt, prompt_of, render_prompt
 from simct.data.records import load_records, rows
 from simct.data.sources import JSONL, PARQUET
 from simct.inspection.tables import coverage_table, pair_table
-from simct.models.loading import NO_CODE, SOURCE, load_generation_config, load_tokenizer
+from simct.models.loading import NO_CODE, SOURCE, load_generation_config, load_tokenizer, with_adapter
 from simct.pairing.pair import TokenizerPair
 from simct.rollouts.vllm_engine import ColocatedVLLM
 from simct.secrets import NAMES, redact, without_secrets
@@ -101,10 +101,8 @@ def describe(
         chat=config.prompt_format != "text",
     )
     if peft_config is not None:
-        from peft import get_peft_model
-
         with torch.device("meta"):
-            student = get_peft_model(student, peft_config)
+            student = with_adapter(student, peft_config)
         if config.bf16 or config.fp16:
             float32_masters(student)
 
@@ -116,7 +114,7 @@ def describe(
         first = records.take(MEASURED_PROMPTS) if run.streaming else records
         prompts = [prompt_of(record) for record in itertools.islice(rows(first), MEASURED_PROMPTS)]
         texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts[:COVERAGE_PROMPTS]]
-        console.print(coverage_table(pair.coverage(texts)), "of the first prompts' own text\n")
+        console.print(coverage_table(pair.coverage(texts), "the first prompts' own text"), "")
         lengths = prompt_lengths(prompts, tokenizers[0], config)
     available = int(assume_memory_gb * 1e9) if assume_memory_gb else device_memory(config.device)
     on_cpu = dtype == torch.float32

@@ -114,7 +114,7 @@ def train(argv: list[str]) -> None:
                 console.print(f"teacher {name!r}", highlight=False)
             console.print(pair_table(scorer.pair, trainer.processing_class, scorer.teacher.tokenizer))
         if (coverage := trainer.prompt_coverage()) is not None:
-            console.print(coverage_table(coverage), "of the first prompts' own text\n")
+            console.print(coverage_table(coverage, "the first prompts' own text"), "")
         if resume:
             console.print(f"resuming from {printable(resume)}", highlight=False, soft_wrap=True)
     first = Path(config.output_dir) / FIRST_EVALUATION

@@ -54,7 +54,10 @@ def run_demo(
         seed=seed,
     )
     prompts, held_out = read_prompts(ASSETS / "train.jsonl"), read_prompts(ASSETS / "eval.jsonl")
-    console.print("Loading the demo's teacher (Llama, byte-level BPE) and student (Gemma-2, SentencePiece style) ...")
+    console.print(
+        "Loading the demo's teacher (Llama, byte-level BPE) and student (Gemma-2, SentencePiece style) ...",
+        highlight=False,
+    )
     trainer = SimCTTrainer(str(ASSETS / "student"), str(ASSETS / "teacher"), config, prompts, 2 * held_out)
     bar = ProgressBar.install(trainer, console)
 
@@ -68,7 +71,8 @@ def run_demo(
     console.print(coverage_table(trainer.pair.coverage(texts)))
 
     console.print(
-        f"\nDistilling: {steps} steps of {config.per_device_train_batch_size} responses sampled by the student"
+        f"\nDistilling: {steps} steps of {config.per_device_train_batch_size} responses sampled by the student",
+        highlight=False,
     )
     with console.status("evaluating on held-out prompts"):
         before = trainer.evaluate()

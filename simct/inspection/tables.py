@@ -38,9 +38,11 @@ def pair_table(pair: TokenizerPair, student, teacher) -> Table:
     return table
 
 
-def coverage_table(coverage: Coverage) -> Table:
+def coverage_table(coverage: Coverage, of: str = "") -> Table:
+    """`of`: whose tokens they are, if they are no responses."""
+    tokens = f"tokens of {of}" if of else "response tokens"
     table = Table(
-        title=f"Share of the student's {coverage.student_tokens:,} response tokens that the teacher supervises",
+        title=f"Share of the student's {coverage.student_tokens:,} {tokens} that the teacher supervises",
         caption=f"{coverage.texts:,} texts, {coverage.text_bytes:,} bytes, {coverage.teacher_tokens:,} teacher tokens; "
         f"shared vocabulary {coverage.shared:,} by bytes, {coverage.shared_by_string:,} by string",
     )

@@ -32,6 +32,7 @@ def print_inspection(
     """All of it but the pair's own table: what follows from the figures first; `verbose` with the vocabulary by script."""
     for part in _parts(console, inspection, advice, verbose):
         console.print(part, soft_wrap=isinstance(part, Text))
+        console.print()
 
 
 def _parts(
@@ -69,7 +70,7 @@ def _cut(inspection: Inspection, width: int) -> Text:
         legend.append(" ").append(" without supervision ", style=STYLES["lost"])
     else:
         legend = Text()
-        for name, style in (("single", "single"), ("longer", "longer"), ("without supervision", "lost")):
+        for name, style in (("one-to-one", "single"), ("longer", "longer"), ("without supervision", "lost")):
             legend.append(f"{name}  ", style=STYLES[style])
     return Text("\n").join([*parts, legend])
 
@@ -136,8 +137,10 @@ def _scripts(inspection: Inspection) -> Table:
     return table
 
 
-def _advice(advice: Sequence[Advice]) -> Text:
-    lines = [Text("What follows from the figures", style="bold")]
+def _advice(advice: Sequence[Advice]) -> Table:
+    """Wrapped at words, each behind its dash."""
+    table = Table.grid(padding=(0, 1))
+    table.title, table.title_justify, table.title_style = "What follows from the figures", "left", "bold"
     for item in advice:
-        lines.append(Text.assemble("- ", (item.title, "bold"), ": ", item.text))
-    return Text("\n").join(lines)
+        table.add_row("-", Text.assemble((item.title, "bold"), ": ", item.text))
+    return table

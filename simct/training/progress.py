@@ -8,10 +8,10 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 SHOWN = (
     ("loss", "loss", ".3f"),
     ("reverse_kl_per_byte", "KL/byte", ".3f"),
-    ("tokens/longer", "longer", ".0%"),
+    ("tokens/longer", "longer", "3.0%"),
     ("tokens/unsupervised", "lost", ".1%"),
-    ("response/ended", "ended", ".0%"),
-    ("response/whitespace", "blanks", ".0%"),
+    ("response/ended", "ended", "4.0%"),
+    ("response/whitespace", "blanks", "3.0%"),
     ("tokens_per_second/rollout", "tokens/s", ",.0f"),
 )
 
@@ -54,7 +54,7 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar and logs and "loss" in logs:
             words = [f"{label} {logs[name]:{form}}" for name, label, form in SHOWN if name in logs]
-            line = f"step {state.global_step:>4}  " + "  ".join(words)
+            line = f"step {state.global_step:>4} " + "  ".join(words)
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -23,5 +23,5 @@ def test_a_step_on_one_line():
         bar.on_log(None, state, None, logs=logs)
     (line,) = [line for line in out.getvalue().splitlines() if line.startswith("step")]
     assert len(line) <= 100
-    assert line.startswith("step 1000  loss 12.346  KL/byte 0.457  longer 25%  lost 5.1%  ")
-    assert "ended 88%" in line and line.endswith("tokens/s 12,346")
+    assert line.startswith("step 1000 loss 12.346  KL/byte 0.457  longer 25%  lost 5.1%  ")
+    assert "ended  88%" in line and line.endswith("tokens/s 12,346")
