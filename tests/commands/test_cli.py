@@ -140,7 +140,7 @@ def test_a_run_as_it_comes(simct, tmp_path, data):
     assert not [
         noise for noise in ("FutureWarning", "gemm_4bit", "Loading weights", "Writing model", "it/s") if noise in first
     ]
-    assert "step    1  loss " in first and "step    2  loss " in first
+    assert "step    1 loss " in first and "step    2 loss " in first
     before = json.loads((tmp_path / "run" / "evaluation_before.json").read_text())
     resumed = simct("train", *options, *saving, "--max_steps", 3, "--resume_from_checkpoint", "latest")
     assert "resuming from run/checkpoint-2" in resumed and "Held-out prompts (4 before, 4 after)" in resumed
