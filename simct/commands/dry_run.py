@@ -29,7 +29,7 @@ from simct.pairing.pair import TokenizerPair
 from simct.rollouts.vllm_engine import ColocatedVLLM
 from simct.secrets import NAMES, redact, without_secrets
 from simct.teachers.served import check_objective
-from simct.training.memory import RESERVE, MemoryEstimate, device_memory, estimate, fits, memory_table
+from simct.training.memory import RESERVE, MemoryEstimate, device_memory, estimate, fits, memory_table, weight_bytes
 from simct.training.placement import float32_masters, student_options
 
 MEASURED_PROMPTS = 1000  # of which the longest is the length to be expected
@@ -149,7 +149,7 @@ def describe(
     )
     if records is not None:
         _warn_of_context(console, student, lengths, config.max_new_tokens)
-    for note in _notes(config, student, teacher):
+    for note in _notes(config, student, teacher, available):
         console.print(note, style="yellow", markup=False, highlight=False)
 
     fitting = fits(memory, available)
@@ -314,7 +314,7 @@ def _verdict(memory: MemoryEstimate, available: int, changes: list[str] | None) 
     return Text(text, style="bold red")
 
 
-def _notes(config, student: nn.Module, teacher: nn.Module | None) -> list[str]:
+def _notes(config, student: nn.Module, teacher: nn.Module | None, available: int) -> list[str]:
     notes = []
     if teacher is None:
         served = without_secrets("teacher_url", config.teacher_url)
@@ -328,7 +328,18 @@ def _notes(config, student: nn.Module, teacher: nn.Module | None) -> list[str]:
         if getattr(model.config, "quantization_config", None) or "quantization_config" in (options or {}):
             notes.append(f"The {role} is quantised: its weights take less than is counted here.")
     if config.fsdp:
-        notes.append("FSDP shares weights, gradients and optimiser states among the processes: not counted here.")
+        notes.append(
+            "FSDP shares the student's weights, gradients and optimiser states among the processes: not counted here. "
+            "The teacher is whole in each."
+        )
+    if teacher is not None and weight_bytes(teacher) > _usable(available):
+        notes.append(
+            f"The teacher's weights, {weight_bytes(teacher) / 1e9:.0f} GB, do not fit this device whole, offloaded or not: "
+            "spread it over several (one process, "
+            '--teacher_model_init_kwargs \'{"device_map": "auto"}\'), or let a server hold it (--teacher_url).'
+        )
+    elif "device_map" in (config.teacher_model_init_kwargs or {}):
+        notes.append("The teacher stays where its device_map puts it: here it is counted as if whole on this device.")
     if getattr(student.config.get_text_config(), "_attn_implementation", None) == "eager":
         notes.append(
             "The student's attention is eager: it keeps heads x length scores for each token. If the model has it, "

@@ -47,7 +47,7 @@ def check_head(model: PreTrainedModel, name: str) -> None:
         sequences = PackedSequences.build([[1]], [[2, 3, 4, 5]]).to(ids.device)
         with attention_that_runs(model):
             own = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
-            ours = head.logits(response_hidden_states(model, sequences))
+            ours = head.logits(response_hidden_states(model, sequences).to(ids.device))
     finally:
         model.train(training)
     if not (own.isfinite().all() and ours.isfinite().all()):

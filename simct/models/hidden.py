@@ -193,7 +193,8 @@ def response_hidden_states(model: nn.Module, sequences: PackedSequences) -> Tens
         return_dict=True,
         **positions,
     )
-    return output.last_hidden_state.flatten(0, 1)[sequences.rows]
+    hidden = output.last_hidden_state.flatten(0, 1)
+    return hidden[sequences.rows.to(hidden.device)]  # of a model spread over devices, the last one
 
 
 def forward_through(wrapper: nn.Module, module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:

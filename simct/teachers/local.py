@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from simct.models.checks import check_head, check_vocabulary, context_length
 from simct.models.hidden import Layout, response_hidden_states
+from simct.models.loading import is_dispatched
 from simct_kernels import LMHead, token_statistics
 
 Rows = tuple[Tensor, LMHead]  # hidden rows [N, H] and the head that they belong to
@@ -45,15 +46,24 @@ class LocalTeacher:
 
     def place(self, device: torch.device, *, packing: str = "auto", offload: bool = False) -> None:
         """Puts the model on the device that it scores on. `offload`: only its head; the rest waits in main memory and is on the
-        device inside `on_device()` only. (Quantised models stay where they were loaded.) `packing`: see `Layout.of`."""
-        quantised = getattr(self.model, "is_quantized", False)
-        if offload and quantised:
-            raise ValueError("offload_teacher is True, but the teacher is quantised: such weights cannot be moved")
-        if not quantised:
+        device inside `on_device()` only. Quantised models and those spread over devices (`device_map`) stay where they were
+        loaded; the rows that they give, and the head, are on `device`. `packing`: see `Layout.of`.
+
+        Raises ValueError for `offload` of a model that stays, for a head that is on no device, and as said at the class."""
+        quantised, spread = getattr(self.model, "is_quantized", False), is_dispatched(self.model)
+        if offload and (quantised or spread):
+            kind = "quantised" if quantised else f"spread over devices ({len(set(self.model.hf_device_map.values()))})"
+            raise ValueError(f"offload_teacher is True, but the teacher is {kind}: its weights cannot be moved")
+        if not (quantised or spread):
             self.model.to(device)
+        if LMHead.from_model(self.model).weight.is_meta:
+            raise ValueError("device_map leaves the teacher's head in main memory or on disk: expected it on a device")
         self.layout = Layout.of(self.model, packing)
         check_head(self.model, "teacher")
         head = LMHead.from_model(self.model)
+        if head.weight.device != device:
+            bias = None if head.bias is None else head.bias.detach().to(device)
+            head = replace(head, weight=head.weight.detach().to(device), bias=bias)
         self.offload = offload and device.type != "cpu"
         self._device = device
         if self.offload:
@@ -109,4 +119,4 @@ class LocalTeacher:
         if not any(responses):
             return torch.empty(0, self.head.weight.shape[1], dtype=self.model.dtype, device=self.head.weight.device)
         sequences = self.layout.build(prompts, responses).to(self.model.device)
-        return response_hidden_states(self.model, sequences)
+        return response_hidden_states(self.model, sequences).to(self.head.weight.device)

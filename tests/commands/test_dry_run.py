@@ -228,3 +228,10 @@ def test_a_served_teacher_takes_no_memory_but_its_rows(models, data, tmp_path):
     config.objective = "bpm"
     with pytest.raises(ValueError, match="objective is 'bpm'"):
         dry_run(run, config, recipe)
+
+
+def test_a_teacher_too_large_for_the_device_is_told_what_fits(models, data, tmp_path):
+    given = arguments(PAIRS[0], models, data, tmp_path)
+    _, text = dry_run(*given, assume_memory_gb=14)
+    assert "The teacher's weights, 15 GB, do not fit this device whole" in text and '"device_map": "auto"' in text
+    assert "do not fit this device whole" not in dry_run(*given, assume_memory_gb=80)[1]

@@ -4,6 +4,8 @@ import gc
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import send_to_device
 from pretended_gpu import CUDA
 from test_trainer import PROMPTS, STUDENT, TEACHER, config
 from tiny import tiny_model, tokenizer
@@ -38,6 +40,16 @@ AttentionMaskInterface.register("flash_of_this_test", flash_attention_mask)
 @pytest.fixture(autouse=True)
 def nothing_ran():
     ran.clear()
+
+
+class SendInputs(ModelHook):
+    """As `device_map` leaves a module: its inputs follow it. (accelerate's own hook moves weights in a way that knows no fake.)"""
+
+    def __init__(self, device):
+        self.device = device
+
+    def pre_forward(self, module, *args, **kwargs):
+        return send_to_device(args, self.device), send_to_device(kwargs, self.device)
 
 
 def trainer_on(gpu, tmp_path, student=None, teacher=None, **options):
@@ -95,6 +107,23 @@ def test_samples_of_a_sharded_student_come_from_the_gpu(gpu, tmp_path, monkeypat
     assert devices(copy) == {CUDA} and copy.dtype == (torch.bfloat16 if bf16 else torch.float32)
     trainer.engine.update_weights(trainer.model)
     assert devices(copy) == {CUDA}
+
+
+def test_a_teacher_spread_over_devices_stays_where_it_is(gpu, tmp_path):
+    second = torch.device("cuda", 1)
+    with gpu.fake:
+        teacher = tiny_model(TEACHER)
+    places = dict.fromkeys(("model.layers.0", "model.norm", "lm_head"), second)
+    teacher.hf_device_map = places | dict.fromkeys(("model.embed_tokens", "model.rotary_emb"), CUDA)
+    for name, device in teacher.hf_device_map.items():
+        add_hook_to_module(teacher.get_submodule(name).to(device), SendInputs(device))
+    trainer = trainer_on(gpu, tmp_path, teacher=teacher)
+    assert devices(teacher) == {CUDA, second}
+    hidden, head = trainer.teacher.rows([[1, 2]], [[3, 4, 5]])
+    assert hidden.device == head.weight.device == CUDA
+    assert teacher.lm_head.weight.device == second and trainer.teacher.layout.packed
+    with pytest.raises(ValueError, match="offload_teacher is True, but the teacher is spread over devices"):
+        trainer.teacher.place(CUDA, offload=True)
 
 
 @pytest.mark.parametrize("copied", [False, True])
