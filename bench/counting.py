@@ -189,8 +189,9 @@ def _bytes(tree: object) -> int:
 
 
 @contextlib.contextmanager
-def pretended_gpu(counter: Counter) -> Iterator[None]:
-    """Meta tensors are taken for a GPU's, of 132 multiprocessors; launches go to `counter`."""
+def pretended_gpu(counter: Counter, *, autocast: bool = False) -> Iterator[None]:
+    """Meta tensors are taken for a GPU's, of 132 multiprocessors; launches go to `counter`. `autocast`: it works, as with tensors
+    that say `cuda`."""
     from triton.runtime.jit import JITFunction
 
     from simct_kernels.torch_backend import rows
@@ -203,6 +204,8 @@ def pretended_gpu(counter: Counter) -> Iterator[None]:
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(tiles, "_multiprocessors", lambda device: 132),
         mock.patch.object(rows, "sums_in_float32", lambda device: True),
-        mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()),
+        contextlib.nullcontext()
+        if autocast
+        else mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()),
     ):
         yield

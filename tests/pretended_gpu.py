@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -140,6 +140,8 @@ def pretended_gpu(config: type, memory: int = 80 * 10**9) -> Iterator[PretendedG
         "is_bf16_supported": lambda *_, **__: True,
         "synchronize": lambda *_: gpu.waits.append("synchronize"),
         "empty_cache": lambda: None,
+        "device_of": lambda _: nullcontext(),
+        "get_device_capability": lambda *_: (9, 0),
         "max_memory_allocated": lambda *_: gpu.peak,
         "mem_get_info": lambda *_: (memory - gpu.held(), memory),
     }

@@ -29,7 +29,16 @@ from simct.pairing.pair import TokenizerPair
 from simct.rollouts.vllm_engine import ColocatedVLLM
 from simct.secrets import NAMES, redact, without_secrets
 from simct.teachers.served import check_objective
-from simct.training.memory import RESERVE, MemoryEstimate, device_memory, estimate, fits, memory_table, weight_bytes
+from simct.training.memory import (
+    PHASES,
+    RESERVE,
+    MemoryEstimate,
+    device_memory,
+    estimate,
+    fits,
+    memory_table,
+    weight_bytes,
+)
 from simct.training.placement import float32_masters, student_options
 
 MEASURED_PROMPTS = 1000  # of which the longest is the length to be expected
@@ -260,7 +269,7 @@ def changes_that_fit(
     memory = estimate(student, teacher, **numbers)
     for option, change in steps:
         changed = estimate(student, teacher, **{**numbers, **change})
-        too_large = [phase for phase in ("rollout", "teacher", "student") if memory.phase(phase) > _usable(available)]
+        too_large = [phase for phase in PHASES if memory.phase(phase) > _usable(available)]
         if all(changed.phase(phase) >= memory.phase(phase) for phase in too_large):
             continue
         numbers.update(change)

@@ -12,16 +12,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from simct.training.config import PREFIX_OBJECTIVES
-from simct.training.objectives import WHOLE_ROWS
-from simct_kernels.torch_backend.plan import _AUTO_ELEMENTS, _AUTO_ELEMENTS_ELSEWHERE
+from simct.training.loss_memory import loss_bytes, shared_rows_bytes
 
 RESERVE = 0.08  # share of a device's memory kept free: the context of CUDA, workspaces, fragmentation
-
-_TABLE_BYTES = (
-    50,
-    160,
-)  # PrefixTables, by token of the student and of the teacher: of Gemma 3 and SmolLM2, either way round
 
 PARTS = {
     "student_weights": "student: weights",
@@ -37,18 +30,19 @@ PARTS = {
     "teacher_working": "teacher: one layer at work",
     "teacher_hidden": "teacher: hidden rows of the step's responses",
     "student_hidden": "student: hidden rows of a micro-batch",
-    "loss": "loss: chunk of logits, head gradient, shared rows or tables",
+    "shared_rows": "loss: the teacher's rows of the shared vocabulary",
+    "loss": "loss: logits, gradients by them and by the head, tables",
 }
 # What is held at once. The teacher scores all responses of a step before the student's first micro-batch; keys and values are
-# given back where sampling ends (`release_cache`, vLLM's sleep), gradients after the optimiser step.
-_ALWAYS = ("student_weights", "optimizer", "rollout_copy")
+# given back where sampling ends (`release_cache`, vLLM's sleep), gradients after the optimiser step. The loss makes its gradient
+# before the layers' backward begins, and holds nothing then.
+_ALWAYS = ("student_weights", "optimizer", "rollout_copy", "shared_rows")
+_STEP = ("teacher_weights", "gradients", "cast_weights", "activations", "teacher_hidden", "student_hidden")
 PHASES = {
     "rollout": (*_ALWAYS, "teacher_weights", "kv_cache", "vllm"),
     "teacher": (*_ALWAYS, "teacher_weights", "teacher_working", "teacher_hidden"),
-    "student": (
-        *(*_ALWAYS, "teacher_weights", "gradients", "cast_weights"),
-        *("activations", "working", "teacher_hidden", "student_hidden", "loss"),
-    ),
+    "student": (*_ALWAYS, *_STEP, "working"),
+    "loss": (*_ALWAYS, *_STEP, "loss"),
 }
 
 
@@ -69,6 +63,7 @@ class MemoryEstimate:
     teacher_working: int
     teacher_hidden: int
     student_hidden: int
+    shared_rows: int
     loss: int
     offload_teacher: bool = False  # held in main memory except while it scores
 
@@ -167,6 +162,9 @@ def estimate(
         teacher_working=teacher_working,
         teacher_hidden=rollouts * response_tokens * row_bytes,
         student_hidden=rows * _config(student).hidden_size * compute.itemsize,
+        shared_rows=shared_rows_bytes(
+            teacher, shared_tokens, student.get_output_embeddings().weight.shape[0], objective
+        ),
         loss=loss_bytes(student, teacher, rows, compute, shared_tokens, chunk_rows, device_type, objective),
         offload_teacher=offload_teacher,
     )
@@ -258,40 +256,6 @@ def kv_cache_bytes_of(model: nn.Module, tokens: int, itemsize: int) -> int:
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     kept = sum(min(tokens, window) if kind == "sliding_attention" else tokens for kind in kinds)
     return 2 * kept * kv_heads * head_dim * itemsize
-
-
-def loss_bytes(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    rows: int,
-    compute: torch.dtype,
-    shared_tokens: int | None,
-    chunk_rows: int | None,
-    device_type: str,
-    objective: str,
-) -> int:
-    """What `linear_simct_loss` holds: float32 chunks of both sides' logits and of the gradient, float32 gradients of hidden rows
-    and head, both heads' rows of the shared vocabulary, and the gradient of the student's. The other objectives know no shared
-    rows, and hold more matrices of a smaller chunk."""
-    ours = student.get_output_embeddings().weight
-    if teacher is None:  # `topk_simct_loss`: no head of the teacher, no shared rows kept
-        limit = _AUTO_ELEMENTS.get(device_type, _AUTO_ELEMENTS_ELSEWHERE)
-        chunk = min((chunk_rows or max(1, limit // len(ours))), rows) * len(ours)
-        return 4 * (3 * chunk + (ours.numel() if ours.requires_grad else 0) + rows * ours.shape[1])
-    theirs = teacher.get_output_embeddings().weight
-    shared = shared_tokens or min(len(ours), len(theirs))
-    columns = max(len(ours), len(theirs))
-    limit = _AUTO_ELEMENTS.get(device_type, _AUTO_ELEMENTS_ELSEWHERE)
-    if objective != "simct":
-        counted, held = WHOLE_ROWS[objective]
-        chunk = min((chunk_rows or max(1, limit // (counted * columns))), rows) * columns
-        sizes = zip(_TABLE_BYTES, (len(ours), len(theirs)), strict=True)
-        tables = sum(size * count for size, count in sizes) if objective in PREFIX_OBJECTIVES else 0
-        return 4 * (held * chunk + (ours.numel() if ours.requires_grad else 0) + rows * ours.shape[1]) + tables
-    chunk = min((chunk_rows or max(1, limit // columns)), rows) * columns
-    trained = ours.numel() + shared * ours.shape[1] if ours.requires_grad else 0
-    kept = shared * (ours.shape[1] * compute.itemsize + theirs.shape[1] * theirs.element_size())
-    return 3 * 4 * chunk + 4 * trained + 4 * rows * ours.shape[1] + kept
 
 
 def device_memory(device: torch.device | str) -> int:

@@ -1,0 +1,105 @@
+"""One step of a run with models of real widths on a pretended GPU: what it holds by phase, and where the host waits."""
+
+import copy
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from pretended_gpu import CUDA
+from test_trainer import PROMPTS, STUDENT, TEACHER, config
+from tiny import tokenizer
+from transformers import AutoModelForCausalLM
+
+from bench.counting import pretended_gpu as recorded_launches
+from simct import SimCTTrainer
+from simct.rollouts.protocol import Response
+from simct.training import trainer as trainer_module
+from simct.training.metrics import PhaseTimer
+
+
+class Responses:
+    """In an engine's place: responses of so many tokens."""
+
+    def __init__(self, student, tokens: int) -> None:
+        self.student, self.tokens = student, tokens
+
+    def update_weights(self, model) -> None:
+        assert model.device == CUDA
+
+    def generate(self, prompts, sampling, *, seed):
+        draws = torch.Generator().manual_seed(seed)
+        shape = (len(prompts), self.tokens)
+        return [Response(ids, "length") for ids in torch.randint(300, 2000, shape, generator=draws).tolist()]
+
+
+class Ignored:
+    """A launch's cost is `bench`'s matter, its tensors are counted where they are made."""
+
+    def launch(self, kernel: str, values: dict) -> None:
+        pass
+
+
+def shortened(config, layers: int):
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def models(gpu, configs, layers: int, dtypes=(torch.float32, torch.bfloat16), attention=("eager", "sdpa")):
+    """Student and teacher as they are loaded: in main memory."""
+    with gpu.fake:
+        made = [
+            AutoModelForCausalLM.from_config(shortened(each, layers), dtype=dtype, attn_implementation=kernel)
+            for each, dtype, kernel in zip(configs, dtypes, attention, strict=True)
+        ]
+    for model, name in zip(made, (STUDENT, TEACHER), strict=True):
+        model.generation_config.eos_token_id, model.generation_config.bos_token_id = tokenizer(name).eos_token_id, None
+    return made
+
+
+@contextmanager
+def phases_watched(gpu):
+    """By phase, nested ones too: the most that was held, and the waits."""
+    held, waits, open_phases = defaultdict(int), defaultdict(Counter), []
+    original = PhaseTimer.__call__
+
+    @contextmanager
+    def phase(self, name):
+        def close():
+            for each in open_phases:
+                held[each] = max(held[each], gpu.peak)
+            waits[open_phases[-1] if open_phases else "other"].update(gpu.waits)
+            gpu.peak, gpu.waits[:] = gpu.held(), []
+
+        close()
+        open_phases.append(name)
+        try:
+            with original(self, name):
+                yield
+        finally:
+            close()
+            open_phases.pop()
+
+    with mock.patch.object(PhaseTimer, "__call__", phase):
+        yield SimpleNamespace(held=held, waits=waits)
+
+
+def one_step(gpu, tmp_path, student, teacher, *, tokens: int, rows: int, peft_config=None, **options):
+    """The trainer after its step, and what was seen. The backward pass is left out, the loss has made its gradients."""
+    options = {"bf16": True, "max_steps": 1, "per_device_train_batch_size": rows, "max_new_tokens": tokens, **options}
+    engine = mock.patch.object(
+        trainer_module, "build_engine", lambda name, student, *_, **__: Responses(student, tokens)
+    )
+    with engine, recorded_launches(Ignored(), autocast=True), phases_watched(gpu) as seen:
+        trainer = SimCTTrainer(
+            student, teacher, config(tmp_path, **options), PROMPTS[:rows], peft_config=peft_config,
+            processing_class=tokenizer(STUDENT), teacher_processing_class=tokenizer(TEACHER),
+        )  # fmt: skip
+        seen.construction = Counter(gpu.waits)
+        with mock.patch.object(trainer.accelerator, "backward", lambda loss, **_: None):
+            trainer.train()
+    return trainer, seen
