@@ -142,14 +142,13 @@ def estimate(
     if teacher is not None:
         teacher_dtype = next(p.dtype for p in teacher.parameters() if p.is_floating_point())
         teacher_weights = weight_bytes(teacher)
-        # A forward without a graph holds a layer's input and output, and its attention or its feed-forward tensors.
-        teacher_working = batch_tokens * layer_bytes(teacher, sequence_tokens, teacher_dtype, teacher_dtype) // 2
+        teacher_working = batch_tokens * forward_bytes(teacher, sequence_tokens, teacher_dtype.itemsize)
         row_bytes = _config(teacher).hidden_size * teacher_dtype.itemsize
     return MemoryEstimate(
         student_weights=weight_bytes(student),
         gradients=sum(p.numel() * p.element_size() for p in trained),
         optimizer=optimizer_bytes(trained, optim),
-        cast_weights=sum(p.numel() for p in parameters if p.dim() > 1) * compute.itemsize if autocast else 0,
+        cast_weights=cast_bytes(student, compute, gradient_checkpointing) if autocast else 0,
         rollout_copy=sum(p.numel() for p in parameters) * rollout_dtype.itemsize if rollout_dtype else 0,
         kv_cache=0 if vllm_bytes is not None else cache if kv_cache_bytes is None else min(cache, kv_cache_bytes),
         vllm=vllm_bytes or 0,
@@ -235,7 +234,7 @@ def layer_bytes(model: nn.Module, sequence_tokens: int, dtype: torch.dtype, comp
     norms = 4 if config.model_type.startswith(("gemma2", "gemma3")) else 2
     stream = hidden * _stream_size(dtype, compute)
     inputs = hidden * (5 if dtype != compute else 2)
-    eager = getattr(config, "_attn_implementation", None) == "eager"
+    eager = _is_eager(config)
     attention = (2 * heads + 2 * (heads if eager else kv_heads)) * head_dim
     scores = 0
     if eager:  # the softmax in float32, its cast, and the soft-cap's tanh
@@ -246,6 +245,27 @@ def layer_bytes(model: nn.Module, sequence_tokens: int, dtype: torch.dtype, comp
     width = getattr(config, "moe_intermediate_size", None) if experts else None
     feed_forward = 4 * (experts * (width or config.intermediate_size) if experts else config.intermediate_size)
     return 2 * norms * stream + (inputs + attention + feed_forward) * compute.itemsize + scores
+
+
+def forward_bytes(model: nn.Module, sequence_tokens: int, itemsize: int) -> int:
+    """Bytes of one layer's forward without a graph, for one token: the residual stream, its norm and their temporaries, and either
+    the activated gate, up and their product, or queries, keys, values and what comes of them."""
+    config = _config(model)
+    hidden, heads, kv_heads, head_dim = _attention_sizes(config)
+    experts = getattr(config, "num_experts_per_tok", None)
+    width = getattr(config, "moe_intermediate_size", None) if experts else None
+    feed_forward = 3 * (experts * (width or config.intermediate_size) if experts else config.intermediate_size)
+    attention = (2 * heads + 2 * kv_heads) * head_dim
+    scores = heads * sequence_tokens * (4 + itemsize) if _is_eager(config) else 0
+    return max(feed_forward * itemsize, attention * itemsize + scores) + 4 * hidden * itemsize
+
+
+def cast_bytes(student: nn.Module, compute: torch.dtype, checkpointing: bool) -> int:
+    """Weights that autocast has made copies of where the loss begins: all matrices that are multiplied, which the graph keeps; with
+    checkpointing, which makes them again, the head's."""
+    head, embedding = student.get_output_embeddings().weight, student.get_input_embeddings().weight
+    cast = [head] if checkpointing else [p for p in student.parameters() if p.dim() > 1 and p is not embedding]
+    return sum(p.numel() for p in {id(p): p for p in [*cast, head]}.values()) * compute.itemsize
 
 
 def kv_cache_bytes_of(model: nn.Module, tokens: int, itemsize: int) -> int:
@@ -307,6 +327,10 @@ def _gb(size: int) -> str:
 
 def _config(model: nn.Module):
     return model.config.get_text_config()
+
+
+def _is_eager(config) -> bool:
+    return getattr(config, "_attn_implementation", None) == "eager"
 
 
 def _stream_size(dtype: torch.dtype, compute: torch.dtype) -> int:

@@ -353,8 +353,10 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         ours, theirs = (student_hidden, head), part.teacher_rows
         with self.phase("loss"):
             loss, unit_losses = unit_loss(ours, theirs, units, part.samples.response_lengths, scorer, self.args)
-        unit_losses = unit_losses.cpu()
-        if not torch.isfinite(loss):
+        # One copy, so that the device is waited for once.
+        both = torch.cat([unit_losses, loss.detach().to(unit_losses.dtype)[None]]).cpu()
+        unit_losses, finite = both[:-1], both[-1].isfinite()
+        if not finite:
             return self._nonfinite(loss, part, unit_losses, in_step)
         self.recorder.units(part, part.alignment, unit_losses)
         if self.recorder.will_log(self.state) and part.samples:

@@ -1,4 +1,4 @@
-"""One step of a run with models of real widths on a pretended GPU: what it holds by phase, and where the host waits."""
+"""Two steps of a run with models of real widths on a pretended GPU: what it holds by phase, and where the host waits."""
 
 import copy
 from collections import Counter, defaultdict
@@ -88,18 +88,41 @@ def phases_watched(gpu):
         yield SimpleNamespace(held=held, waits=waits)
 
 
-def one_step(gpu, tmp_path, student, teacher, *, tokens: int, rows: int, peft_config=None, **options):
-    """The trainer after its step, and what was seen. The backward pass is left out, the loss has made its gradients."""
-    options = {"bf16": True, "max_steps": 1, "per_device_train_batch_size": rows, "max_new_tokens": tokens, **options}
+def two_steps(gpu, tmp_path, student, teacher, *, tokens: int, rows: int, peft_config=None, **options):
+    """The trainer after its steps (the second has the optimiser's states), and what was seen. Of the backward pass there are the
+    loss's own part and the gradients' place."""
+    options = {"bf16": True, "max_steps": 2, "per_device_train_batch_size": rows, "max_new_tokens": tokens, **options}
     engine = mock.patch.object(
         trainer_module, "build_engine", lambda name, student, *_, **__: Responses(student, tokens)
     )
     with engine, recorded_launches(Ignored(), autocast=True), phases_watched(gpu) as seen:
         trainer = SimCTTrainer(
-            student, teacher, config(tmp_path, **options), PROMPTS[:rows], peft_config=peft_config,
+            student, teacher, config(tmp_path, **options), PROMPTS[: 2 * rows], peft_config=peft_config,
             processing_class=tokenizer(STUDENT), teacher_processing_class=tokenizer(TEACHER),
         )  # fmt: skip
         seen.construction = Counter(gpu.waits)
-        with mock.patch.object(trainer.accelerator, "backward", lambda loss, **_: None):
+
+        def backward(loss, **_):
+            run_loss_backward(loss)
+            for parameter in trainer.model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
+        # A step is looked at by its numbers, and there are none.
+        look = mock.patch.object(trainer, "check_step", lambda: None)
+        with mock.patch.object(trainer.accelerator, "backward", backward), look:
             trainer.train()
     return trainer, seen
+
+
+def run_loss_backward(loss) -> None:
+    """The loss's own node: it makes the gradient of the head, with what it needs for that."""
+    nodes = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if "SimCT" in type(node).__name__:
+            with torch.no_grad():
+                node.apply(torch.ones((), device=CUDA), None)
+            return
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    raise AssertionError("the loss has no node of its own")
