@@ -189,9 +189,8 @@ def _bytes(tree: object) -> int:
 
 
 @contextlib.contextmanager
-def pretended_gpu(counter: Counter, *, autocast: bool = False) -> Iterator[None]:
-    """Meta tensors are taken for a GPU's, of 132 multiprocessors; launches go to `counter`. `autocast`: it works, as with tensors
-    that say `cuda`."""
+def pretended_gpu(counter: Counter) -> Iterator[None]:
+    """Meta tensors are taken for a GPU's, of 132 multiprocessors; launches go to `counter`."""
     from triton.runtime.jit import JITFunction
 
     from simct_kernels.torch_backend import rows
@@ -204,8 +203,6 @@ def pretended_gpu(counter: Counter, *, autocast: bool = False) -> Iterator[None]
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(tiles, "_multiprocessors", lambda device: 132),
         mock.patch.object(rows, "sums_in_float32", lambda device: True),
-        contextlib.nullcontext()
-        if autocast
-        else mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()),
+        mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()),
     ):
         yield

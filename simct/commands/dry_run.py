@@ -4,7 +4,6 @@ Models are made from their configurations on the meta device; no weights are rea
 """
 
 import dataclasses
-import inspect
 import itertools
 import math
 from collections.abc import Mapping
@@ -26,7 +25,6 @@ from simct.data.sources import JSONL, PARQUET
 from simct.inspection.tables import coverage_table, pair_table
 from simct.models.loading import NO_CODE, SOURCE, load_generation_config, load_tokenizer, with_adapter
 from simct.pairing.pair import TokenizerPair
-from simct.rollouts.vllm_engine import ColocatedVLLM
 from simct.secrets import NAMES, redact, without_secrets
 from simct.teachers.served import check_objective
 from simct.training.memory import (
@@ -36,14 +34,13 @@ from simct.training.memory import (
     device_memory,
     estimate,
     fits,
+    kv_cache_bytes_of,
     memory_table,
     weight_bytes,
 )
 from simct.training.placement import float32_masters, student_options
 
-MEASURED_PROMPTS = 1000  # of which the longest is the length to be expected
-COVERAGE_PROMPTS = 200
-VLLM_SHARE = inspect.signature(ColocatedVLLM).parameters["gpu_memory_utilization"].default
+MEASURED_PROMPTS, COVERAGE_PROMPTS = 1000, 200  # of the first, the longest is the length to be expected
 
 
 @dataclass(frozen=True)
@@ -225,10 +222,12 @@ def numbers_of(
     if copy is None and config.bf16 and weights == torch.float32 and not on_cpu:
         copy = "bfloat16"
     copy = getattr(torch, copy) if copy else None
-    engine, served = _get(config, "rollout_engine", "auto"), None
+    engine, served = config.rollout_engine, None
     if engine in ("vllm", "vllm-server"):
-        share = _get(config, "vllm_gpu_memory_utilization", VLLM_SHARE)
-        copy, served = None, int(share * available) if engine == "vllm" else 0
+        # Without a share of its own it takes what the training leaves: its weights and one sequence must have room.
+        share = _get(config, "vllm_gpu_memory_utilization", None)
+        least = 2 * sum(p.numel() for p in student.parameters()) + kv_cache_bytes_of(student, sequence, 2)
+        copy, served = None, 0 if engine == "vllm-server" else int(share * available) if share else least
     cache = _get(config, "kv_cache_gb", None)
     return dict(
         batch_tokens=whole if budget is None else max(sequence, min(whole, budget)),

@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from simct.models.checks import check_head, check_vocabulary, context_length
 from simct.models.hidden import Layout, response_hidden_states
 from simct.models.loading import is_dispatched
+from simct.teachers.offload import Offloaded
 from simct_kernels import LMHead, token_statistics
 
 Rows = tuple[Tensor, LMHead]  # hidden rows [N, H] and the head that they belong to
@@ -41,7 +42,8 @@ class LocalTeacher:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         check_vocabulary(model, tokenizer, "teacher")
-        self.layout, self.offload = Layout(), False
+        self.layout = Layout()
+        self._offloaded: Offloaded | None = None
         self._head: LMHead | None = None
 
     def place(self, device: torch.device, *, packing: str = "auto", offload: bool = False) -> None:
@@ -64,13 +66,11 @@ class LocalTeacher:
         if head.weight.device != device:
             bias = None if head.bias is None else head.bias.detach().to(device)
             head = replace(head, weight=head.weight.detach().to(device), bias=bias)
-        self.offload = offload and device.type != "cpu"
-        self._device = device
-        if self.offload:
-            # Storage of its own, so that it stays behind when the parameters leave.
-            bias = None if head.bias is None else head.bias.detach().clone()
-            head = replace(head, weight=head.weight.detach().clone(), bias=bias)
-            self.model.to("cpu")
+        if offload and device.type != "cpu":
+            tensors = [tensor for tensor in (head.weight, head.bias) if tensor is not None]
+            stay = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]  # a part of a padded head
+            stay += [p for p in self.model.get_output_embeddings().parameters()]
+            self._offloaded = Offloaded(self.model, device, tuple(stay))
         self._head = head
 
     @property
@@ -93,15 +93,11 @@ class LocalTeacher:
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """Inside, the model is where it scores; after it, in main memory again if it is offloaded between phases."""
-        if not self.offload:
+        if self._offloaded is None:
             yield
             return
-        self.model.to(self._device)
-        try:
+        with self._offloaded.on_device():
             yield
-        finally:
-            self.model.to("cpu")
-            torch.cuda.empty_cache()
 
     def rows(self, prompts: list[list[int]], responses: list[list[int]]) -> Rows:
         """What the loss reads of the teacher: hidden rows [N_t, H_t], and their head."""

@@ -5,6 +5,7 @@ The reverse KL alone rewards a student that narrows down: it falls when the stud
 rest. The forward KL, on texts that the student did not choose, rises then.
 """
 
+import contextlib
 import itertools
 import math
 import time
@@ -44,12 +45,19 @@ def score(trainer, samples: Samples) -> tuple[list[Scored], list[tuple[float, fl
     for start in range(0, len(samples), args.per_device_eval_batch_size):
         chosen = samples.pick(list(range(len(samples)))[start : start + args.per_device_eval_batch_size])
         batches += split(chosen, trainer.layout, args.max_tokens_per_batch, trainer.default_teacher)
-    for batch in trainer.as_many_everywhere([batches])[0]:
-        part, scorer = batch.samples, trainer.scorers[batch.teacher]
-        tokens = list(itertools.chain.from_iterable(part.student_responses))
-        ours = trainer.student_logprobs(batch, torch.tensor(tokens, dtype=torch.int64, device=args.device))
-        with scorer.teacher.on_device():
-            theirs = scorer.teacher.token_logprobs(part.teacher_prompts, part.teacher_responses)
+    batches = trainer.as_many_everywhere([batches])[0]
+    students, teachers = [], {}
+    for batch in batches:
+        tokens = list(itertools.chain.from_iterable(batch.samples.student_responses))
+        students.append(trainer.student_logprobs(batch, torch.tensor(tokens, dtype=torch.int64, device=args.device)))
+    for name, scorer in trainer.scorers.items():
+        own = [i for i, batch in enumerate(batches) if batch.teacher == name]
+        with scorer.teacher.on_device() if own else contextlib.nullcontext():  # an offloaded one comes once
+            for i in own:
+                part = batches[i].samples
+                teachers[i] = scorer.teacher.token_logprobs(part.teacher_prompts, part.teacher_responses)
+    for i, batch in enumerate(batches):
+        part, scorer, ours, theirs = batch.samples, trainer.scorers[batch.teacher], students[i], teachers[i]
         ratios, lengths = log_ratios(scorer.pair, part, ours, theirs)
         rows += [
             Scored(ratio, length, len(response.token_ids), response.finish_reason != "length")

@@ -34,7 +34,8 @@ def loss_bytes(
     limit = _AUTO_ELEMENTS.get(device_type, _AUTO_ELEMENTS_ELSEWHERE)
     if theirs is None:  # `topk_simct_loss`: no head of the teacher, no shared rows kept
         chunk = min((chunk_rows or max(1, limit // len(ours))), rows) * len(ours)
-        return 4 * (3 * chunk + (ours.numel() if ours.requires_grad else 0) + rows * ours.shape[1])
+        made = ours.numel() if ours.requires_grad else 0  # the head's gradient, added up in float32 and then rounded
+        return rows * ours.shape[1] * (4 + compute.itemsize) + 4 * made + max(8 * chunk, made * compute.itemsize)
     columns = max(len(ours), len(theirs))
     if objective != "simct":
         counted, held = WHOLE_ROWS[objective]
@@ -63,12 +64,13 @@ def _of_kept_tiles(ours, teacher_columns: int, rows: int, compute, shared: int, 
         tiles, total = count * width * compute.itemsize, 4 * width * hidden if ours.requires_grad else 0
         many = tiles > max(KEPT_BYTES, total)  # then products are added up in float32, and the tiles used again
         during.append(KEPT_BYTES // 2 + total if many else tiles)
-        after.append(total if many else tiles)
+        after.append(0 if not ours.requires_grad else total if many else tiles)
     logits = 2 * 4 * max(min(chunk * max(columns, teacher_columns), limit, count * width) for count, width in kinds)
     # The student's shared rows go when all units that read them have their gradient; those of whole rows come last.
     copied = 0 if one_vocabulary else shared * hidden * compute.itemsize
     forward = logits + max(during[0] + copied, after[0] + during[1])
-    backward = sum(after) + columns * hidden * compute.itemsize + 2 * RANGE_BYTES if ours.requires_grad else 0
+    ranges = 2 * min(RANGE_BYTES, 4 * columns * hidden)
+    backward = sum(after) + columns * hidden * compute.itemsize + ranges if ours.requires_grad else 0
     return rows * hidden * (4 + compute.itemsize) + max(forward, backward)
 
 

@@ -65,12 +65,15 @@ class MemoryEstimate:
     student_hidden: int
     shared_rows: int
     loss: int
-    offload_teacher: bool = False  # held in main memory except while it scores
+    teacher_head: int = 0
+    offload_teacher: bool = False  # all but its head is held in main memory except while it scores
 
     def phase(self, name: str) -> int:
         """The bytes held in one of `PHASES`."""
-        away = self.offload_teacher and name != "teacher"
-        return sum(getattr(self, part) for part in PHASES[name] if not (away and part == "teacher_weights"))
+        held = {part: getattr(self, part) for part in PHASES[name]}
+        if self.offload_teacher and name != "teacher":
+            held["teacher_weights"] = self.teacher_head  # it stays, for the loss
+        return sum(held.values())
 
     @property
     def peak_phase(self) -> str:
@@ -165,6 +168,7 @@ def estimate(
             teacher, shared_tokens, student.get_output_embeddings().weight.shape[0], objective
         ),
         loss=loss_bytes(student, teacher, rows, compute, shared_tokens, chunk_rows, device_type, objective),
+        teacher_head=0 if teacher is None else weight_bytes(teacher.get_output_embeddings()),
         offload_teacher=offload_teacher,
     )
 
@@ -314,7 +318,8 @@ def memory_table(memory: MemoryEstimate, available: int | None = None) -> Table:
             continue
         name = PARTS[part]
         away = memory.offload_teacher and part == "teacher_weights"
-        cells = [_gb(size) if part in held and not (away and p != "teacher") else "" for p, held in PHASES.items()]
+        rest = memory.teacher_head if away else size
+        cells = [_gb(size if p == "teacher" else rest) if part in held else "" for p, held in PHASES.items()]
         table.add_row(f"{name} (offloaded)" if away else name, _gb(size), *cells)
     if available is not None:
         table.caption = f"{available / 1e9:.1f} GB available, of which {RESERVE:.0%} are kept in reserve"

@@ -15,6 +15,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from simct import LocalTeacher, SimCTTrainer
 from simct.models.hidden import Layout
+from simct.training.evaluation import score
 
 ran: list[tuple[torch.device, torch.dtype]] = []
 
@@ -124,6 +125,33 @@ def test_a_teacher_spread_over_devices_stays_where_it_is(gpu, tmp_path):
     assert teacher.lm_head.weight.device == second and trainer.teacher.layout.packed
     with pytest.raises(ValueError, match="offload_teacher is True, but the teacher is spread over devices"):
         trainer.teacher.place(CUDA, offload=True)
+
+
+def test_an_offloaded_teacher_goes_one_way(gpu, tmp_path):
+    """Its frozen weights are in main memory all the time: leaving the device moves nothing. The head stays, for the loss."""
+    trainer = trainer_on(gpu, tmp_path, offload_teacher=True)
+    teacher = trainer.teacher
+    head = teacher.head.weight
+
+    def away():
+        return {p.device.type for p in teacher.model.parameters() if p is not head}
+
+    before, waits = gpu.held(), len(gpu.waits)
+    assert head.device == CUDA and away() == {"cpu"}
+    with teacher.on_device(), teacher.on_device():
+        assert devices(teacher.model) == {CUDA}
+        hidden, _ = teacher.rows([[1, 2]], [[3, 4, 5]])
+        assert hidden.device == CUDA
+    del hidden
+    assert away() == {"cpu"} and gpu.held() == before and len(gpu.waits) == waits
+
+
+def test_an_evaluation_fetches_an_offloaded_teacher_once(tmp_path, monkeypatch):
+    trainer = trainer_on(None, tmp_path, per_device_eval_batch_size=2)
+    entered, original = [], LocalTeacher.on_device
+    monkeypatch.setattr(LocalTeacher, "on_device", lambda self: entered.append(self) or original(self))
+    score(trainer, trainer.draw(PROMPTS[:6]))
+    assert entered == [trainer.teacher]
 
 
 @pytest.mark.parametrize("copied", [False, True])

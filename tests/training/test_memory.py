@@ -173,7 +173,10 @@ def test_the_peak_is_the_largest_phase(meta_pair):
     memory = estimate(*meta_pair, **NUMBERS)
     assert memory.peak == max(memory.phase(phase) for phase in PHASES) == memory.phase(memory.peak_phase)
     away = estimate(*meta_pair, **NUMBERS, offload_teacher=True)
-    assert memory.phase("student") - away.phase("student") == memory.teacher_weights
+    head = weight_bytes(meta_pair[1].get_output_embeddings())
+    assert (
+        memory.phase("student") - away.phase("student") == memory.teacher_weights - head > 0
+    )  # the loss reads the head
     assert memory.phase("teacher") == away.phase("teacher")
     more = estimate(*meta_pair, **{**NUMBERS, "rollouts": 10**6})
     assert more.peak_phase == "rollout" and more.kv_cache == memory.kv_cache * 10**6 // 8
