@@ -71,7 +71,8 @@ def _of_kept_tiles(ours, teacher_columns: int, rows: int, compute, shared: int, 
     forward = logits + max(during[0] + copied, after[0] + during[1])
     ranges = 2 * min(RANGE_BYTES, 4 * columns * hidden)
     backward = sum(after) + columns * hidden * compute.itemsize + ranges if ours.requires_grad else 0
-    return rows * hidden * (4 + compute.itemsize) + max(forward, backward)
+    entries = (4 + 8 + 8) * (rows - single) if ours.requires_grad else 0  # continuations' own: numbers, ids, rows
+    return rows * hidden * (4 + compute.itemsize) + entries + max(forward, backward)
 
 
 def shared_rows_bytes(teacher: nn.Module | None, shared_tokens: int | None, student_tokens: int, objective: str) -> int:
