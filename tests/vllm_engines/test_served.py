@@ -84,11 +84,11 @@ def test_a_tied_head_that_stays_old_is_found(server_url, student, engine, prompt
     assert plain(engine.generate(prompts, settings, seed=0)) == greedy(student, prompts, settings)
 
 
-def test_greedy_training_runs_agree(tmp_path, tied_folder, server_url):
+def test_greedy_training_runs_agree(tmp_path, tied_folder, server_url, programs):
     sides = {"teacher": ASSETS / "student"}
     urls = {"vllm_server_url": server_url, "vllm_sync_dir": str(tmp_path / "sync")}
-    served = trained(tmp_path, tied_folder, "vllm-server", **sides, **urls)
-    check_equal(served, trained(tmp_path, tied_folder, "static", **sides))
+    served = trained(programs, tmp_path, tied_folder, "vllm-server", **sides, **urls)
+    check_equal(served, trained(programs, tmp_path, tied_folder, "static", **sides))
 
 
 def test_answers_are_the_served_models(tmp_path, engine, student, server_url, tied_folder):
@@ -110,3 +110,4 @@ def test_weights_that_do_not_fit_are_reported(engine, student, demo_student):
     unchecked = ServedVLLM(engine.base_url)
     with pytest.raises(RuntimeError, match="/update_weights answered 500"):
         unchecked.update_weights(demo_student)
+    engine.update_weights(student)  # and the server is as well as before

@@ -17,6 +17,7 @@ from served_contract import VOCABULARY, ServedContract, local, samples  # noqa: 
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from simct.demo import ASSETS
+from simct.rollouts.vllm_server import ServedVLLM
 from simct.teachers.served import ServedTeacher
 
 from .conftest import free_port, run_server
@@ -35,9 +36,10 @@ def serve(log, port, max_logprobs, model=TEACHER):
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("all") / "log", free_port(), VOCABULARY) as (found, _):
-        yield found
+def url(server_url, demo_teacher):
+    """A server that allows all log-probabilities: the one that takes weights, with the demo teacher's own again."""
+    ServedVLLM(server_url).update_weights(demo_teacher)
+    return server_url
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_a_limit_below_k_is_said_with_both_numbers(limited, demo_tokenizers):
     assert ServedTeacher(limited[0], demo_tokenizers[1], top_k=LIMIT).top_k == LIMIT
 
 
-# ---- Runs, each a process of its own: the peak of its memory is its own ----
+# ---- Runs, each a process of its own ----
 
 
 @pytest.fixture(scope="module")
@@ -90,31 +92,30 @@ def tokenizer_folder(tmp_path_factory, demo_tokenizers):
     return folder
 
 
-def start(output, **options):
+def words(output, **options):
     given = {
         "student": ASSETS / "student", "teacher": TEACHER, "data": ASSETS / "train.jsonl", "output_dir": output,
         "max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 0.1, "optim": "sgd", "max_new_tokens": 16,
         "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1, "save_strategy": "no", "use_cpu": True,
         "disable_tqdm": True, **options,
     }  # fmt: skip
-    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
-    # A child of a shell: one of this process would begin with this process's peak of memory as its own.
-    command = ["/bin/sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-m", "simct.commands.cli", "train", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return [str(word) for name, value in given.items() for word in (f"--{name}", value)]
 
 
-def finish(process, output):
-    said, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, said[-3000:]
+def log_of(output):
     return json.loads((output / "trainer_state.json").read_text())["log_history"]
 
 
-def run(output, **options):
-    return finish(start(output, **options), output)
+@pytest.fixture
+def run(programs):
+    def run(output, **options):
+        programs.run(["simct.commands.cli", "train", *words(output, **options)], output.with_suffix(".txt"))
+        return log_of(output)
+
+    return run
 
 
-def test_a_run_has_the_losses_of_the_run_with_a_local_teacher(tmp_path, url, tokenizer_folder):
+def test_a_run_has_the_losses_of_the_run_with_a_local_teacher(tmp_path, url, tokenizer_folder, run):
     options = dict(eval_prompts=8, teacher_top_k=VOCABULARY)
     served = run(tmp_path / "served", teacher=tokenizer_folder, teacher_url=url, **options)
     near = run(tmp_path / "local", **options)
@@ -138,32 +139,44 @@ def large_teacher(tmp_path_factory, demo_tokenizers):
     return folder
 
 
+def measured(output, **options):
+    """The log of a run whose peak of memory is its own: a child of a shell, since one of this process, or forked from one that holds
+    much, would begin with that."""
+    command = ["/bin/sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-m", "simct.commands.cli", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *words(output, **options)], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return log_of(output)
+
+
+@pytest.mark.slow
 def test_a_run_does_without_the_teachers_memory(tmp_path, large_teacher, tokenizer_folder):
-    near = run(tmp_path / "local", teacher=large_teacher)
+    near = measured(tmp_path / "local", teacher=large_teacher)
     with serve(tmp_path / "log", free_port(), LIMIT, large_teacher) as (address, _):
-        served = run(tmp_path / "served", teacher=tokenizer_folder, teacher_url=address, teacher_top_k=16)
+        served = measured(tmp_path / "served", teacher=tokenizer_folder, teacher_url=address, teacher_top_k=16)
     assert served[1]["served/topk_mass"] < 0.5  # far from all of it
     peaks = [log[1]["peak_memory_gb"] for log in (near, served)]
     assert peaks[1] < peaks[0] - 0.25, peaks
 
 
-def test_a_run_outlives_a_killed_server(tmp_path, limited, tokenizer_folder):
+def test_a_run_outlives_a_killed_server(tmp_path, limited, tokenizer_folder, programs, run):
     """The last test here: the server of `limited` is killed in the middle, and another takes its place."""
     address, server = limited
     port = int(address.rsplit(":", 1)[1])
     options = dict(teacher=tokenizer_folder, teacher_url=address, teacher_top_k=8, max_steps=30)
     undisturbed = run(tmp_path / "undisturbed", **options)
-    process = start(tmp_path / "interrupted", **options)
-    for line in process.stdout:
-        if line.startswith("step    3"):
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-            break
-    else:
-        pytest.fail("the run ended before the server did")
+    output, said = tmp_path / "interrupted", tmp_path / "interrupted.txt"
+    process = programs.start(["simct.commands.cli", "train", *words(output, **options)], said)
+    while not (said.exists() and "\nstep    3" in said.read_text()):
+        assert process.poll() is None, "the run ended before the server did"
+        time.sleep(0.02)
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
     time.sleep(2)
     assert process.poll() is None
     with serve(tmp_path / "log", port, LIMIT):
-        interrupted = finish(process, tmp_path / "interrupted")
-    losses = [[row["loss"] for row in log if "loss" in row] for log in (undisturbed, interrupted)]
+        assert process.finish(400) == 0, said.read_text()[-3000:]
+    losses = [[row["loss"] for row in log if "loss" in row] for log in (undisturbed, log_of(output))]
     assert len(losses[1]) == 30 and losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -1,9 +1,6 @@
 """Training with responses from a vLLM in this process (`test_served` has the other): the losses of transformers' `generate`."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -14,7 +11,7 @@ from simct.demo import ASSETS
 pytestmark = pytest.mark.vllm
 
 
-def trained(folder, student_folder, engine, **options):
+def trained(programs, folder, student_folder, engine, **options):
     """The log of a run of `simct train`, in a process of its own: vLLM stays in one to its end."""
     given = {
         "student": student_folder, "teacher": ASSETS / "teacher", "data": ASSETS / "train.jsonl", "output_dir": folder / engine,
@@ -24,15 +21,8 @@ def trained(folder, student_folder, engine, **options):
         "disable_tqdm": True, "rollout_engine": engine, **options,
     }  # fmt: skip
     words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "simct.commands.cli", "train", *words]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    programs.run(["simct.commands.cli", "train", *words], folder / f"{engine}.txt", **environment)
     history = json.loads((folder / engine / "trainer_state.json").read_text())["log_history"]
     return [row for row in history if "loss" in row]
 
@@ -44,5 +34,5 @@ def check_equal(ours, theirs):
     assert all(row["rollout/logprob_gap"] < 1e-3 for row in ours)
 
 
-def test_greedy_training_runs_agree(tmp_path, student_folder):
-    check_equal(*(trained(tmp_path, student_folder, engine) for engine in ("vllm", "static")))
+def test_greedy_training_runs_agree(tmp_path, student_folder, programs):
+    check_equal(*(trained(programs, tmp_path, student_folder, engine) for engine in ("vllm", "static")))
