@@ -41,7 +41,8 @@ class Request:
     """A question to a server.
 
     `read`: what becomes of the JSON that it answers. `limit`: bytes of the longest answer, as it comes and unpacked. `empty`: an
-    answer without content is None, not one that was cut short.
+    answer without content is None, not one that was cut short. `apart`: called first, in a thread of its own, with the bytes of the
+    answer; it gives what `read` would, or None for what it leaves to that.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Request:
     read: Callable[[Any], Any] = lambda answer: answer
     limit: int = 16 << 20
     empty: bool = False
+    apart: Callable[[bytes], Any] | None = None
 
 
 class RetryingClient:
@@ -218,6 +220,8 @@ class RetryingClient:
             raise Refused(f"{url} answered {status}: {said}", status, said, request.body)
         if request.empty and not content:
             return request.read(None)
+        if request.apart is not None and (read := await asyncio.to_thread(request.apart, content)) is not None:
+            return read
         try:
             found = json.loads(content)
         except (ValueError, RecursionError) as error:  # cut short, by something that did not say how long it would be

@@ -43,6 +43,7 @@ class ServedTeacher:
         patience: seconds for which a request is sent again, from its first failure on.
         wait: seconds to wait for a server that is still starting, when it is first met.
         concurrency: most requests under way at a time.
+        readers: processes that read long answers, JSON of megabytes each: by the machine's cores if not given; 0: none.
         vocab_size: ids that the model has, if its head is padded to more than the tokenizer has; what is among the best of a row
             must be one of them.
     Raises:
@@ -67,13 +68,23 @@ class ServedTeacher:
         wait: float = 0.0,
         concurrency: int = 16,
         vocab_size: int | None = None,
+        readers: int | None = None,
     ) -> None:
         self.tokenizer, self.generation_config = tokenizer, generation_config
         self.top_k, self.concurrency, self.device = top_k, concurrency, torch.device("cpu")
+        if readers is not None and readers < 0:
+            raise ValueError(f"readers is {readers}: expected 0 (none) or more processes")
         key = read_key("api_key", api_key, KEY)
         client = RetryingClient(base_url, api_key=key, timeout=timeout, patience=patience, connections=concurrency)
         self.served = ServedModel(
-            client, tokenizer, top_k=top_k, name=model_name, server=server, wait=wait, vocab_size=vocab_size
+            client,
+            tokenizer,
+            top_k=top_k,
+            name=model_name,
+            server=server,
+            wait=wait,
+            vocab_size=vocab_size,
+            readers=readers,
         )
 
     @property

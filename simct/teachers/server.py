@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from simct.client import Refused, Request, RetryingClient, words
 from simct.pairing.tokens import token_bytes
 from simct.teachers.formats import FORMATS, Scores
+from simct.teachers.readers import LONG, Readers, Unread, default_count
 
 KEY = "SIMCT_TEACHER_API_KEY"
 
@@ -36,6 +37,7 @@ class ServedModel:
         server: "vllm", "sglang" or "auto".
         wait: seconds to wait for a server that is still starting.
         vocab_size: ids that the model has, where its head is padded; else as many as its tokenizer has tokens.
+        readers: processes that read long answers; 0: none; None: by the machine's cores.
     Attributes:
         name: the model's name there.
         max_model_len: its context in tokens; infinite if the server does not say.
@@ -56,7 +58,9 @@ class ServedModel:
         server: str = "auto",
         wait: float = 0.0,
         vocab_size: int | None = None,
+        readers: int | None = None,
     ) -> None:
+        self._readers = Readers(default_count() if readers is None else readers) if readers != 0 else None
         self._pieces = token_bytes(tokenizer)
         self.size = len(self._pieces)
         if not 1 <= top_k <= self.size:
@@ -111,8 +115,17 @@ class ServedModel:
                 return self.format.scores(answer, prompt, response, k, self.size)
             return self.format.scores(answer, prompt, response, k, self.size, self._vocabulary)
 
+        def apart(content: bytes) -> Scores | None:
+            if self._readers is None or texts is not None or len(content) < LONG:
+                return None
+            asked = dict(prompt=prompt, response=response, k=k, at_least=self.size, vocabulary=self._vocabulary)
+            try:
+                return self._readers.read(content, server=self.format.name.lower(), **asked)
+            except Unread:
+                return None
+
         body = self.format.request(self.name, prompt, response, k, texts is not None)
-        return Request("POST", self.format.route, body, read, self.format.limit(prompt, response, k))
+        return Request("POST", self.format.route, body, read, self.format.limit(prompt, response, k), apart=apart)
 
     def _ask(self, requests: Sequence[Request], patience: float | None = None) -> list[Scores]:
         try:

@@ -526,3 +526,14 @@ def test_a_teacher_object_comes_in_as_it_is(tmp_path, double, demo_tokenizers):
         long = [{"prompt": "name " * 300}]
         with pytest.raises(ValueError, match=f"too many for the teacher's context of {MAX_MODEL_LEN - 2}"):
             SimCTTrainer(STUDENT, teacher, config(tmp_path, max_new_tokens=8), long)
+
+
+def test_long_answers_are_read_in_processes_of_their_own(url, samples, demo_tokenizers, monkeypatch):
+    monkeypatch.setattr("simct.teachers.server.LONG", 0)
+    here, apart = (ServedTeacher(url, demo_tokenizers[1], top_k=5, readers=n) for n in (0, 1))
+    assert here.served._readers is None
+    for ours, theirs in zip(vars(apart.rows(*samples)).values(), vars(here.rows(*samples)).values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert len(apart.served._readers._idle) == 1  # one that has read
+    with pytest.raises(ValueError, match="readers is -1: expected 0"):
+        ServedTeacher(url, demo_tokenizers[1], readers=-1)

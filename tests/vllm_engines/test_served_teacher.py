@@ -140,8 +140,8 @@ def large_teacher(tmp_path_factory, demo_tokenizers):
 
 
 def measured(output, **options):
-    """The log of a run whose peak of memory is its own: a child of a shell, since one of this process, or forked from one that holds
-    much, would begin with that."""
+    """The log of a run whose peak of memory is its own: a child of a shell, since one of this process, or a forked one, would begin
+    with what is held here."""
     command = ["/bin/sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-m", "simct.commands.cli", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
