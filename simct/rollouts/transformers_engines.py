@@ -261,6 +261,12 @@ def make_engine(
     except Exception as error:  # each architecture fails in its own way
         problem = str(error)
     else:
+        if model.device.type == "cuda" and not _flash(model):
+            warnings.warn(
+                "continuous batching computes attention behind a mask here, without CUDA graphs, for several times the time: "
+                "flash-attn (simct[flash]) and 16-bit rollouts, or rollout_engine='vllm', need none",
+                stacklevel=2,
+            )
         if cap is not None:
             warnings.warn(
                 f"continuous batching samples {without}, a little off its own distribution (rollout/logprob_gap says how far): "
@@ -278,6 +284,9 @@ def make_engine(
 def lost_softcap(model: PreTrainedModel) -> float | None:
     """The cap on attention scores (Gemma-2) that continuous batching would leave out: transformers' paged attention computes none,
     unless flash attention does it. None: nothing is lost."""
-    cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    flash = model.device.type != "cpu" and model.dtype != torch.float32 and is_flash_attn_2_available()
-    return None if flash else cap
+    return None if _flash(model) else getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+
+
+def _flash(model: PreTrainedModel) -> bool:
+    """Whether transformers' continuous batching has flash attention for it."""
+    return model.device.type != "cpu" and model.dtype != torch.float32 and is_flash_attn_2_available()

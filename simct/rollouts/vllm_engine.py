@@ -113,20 +113,19 @@ class ColocatedVLLM:
         """ValueError for a prompt that is empty, has an id outside the vocabulary, or is too long for its budget; RuntimeError if
         it sleeps and no student is known to take the weights from."""
         check_prompts(prompts, sampling, self.max_model_len, self.vocab_size)
-        seeds = [request_seed(seed, i) for i in range(len(prompts))]
-        prompts, seeds = self.group.gather(prompts, seeds)
+        prompts, seed = self.group.gather(prompts, seed)
         if not prompts:
             return []
         if self.asleep:
             if self._student is None:
                 raise RuntimeError("vLLM sleeps, and its weights are gone: expected update_weights first")
             self._load(self._student)
-        responses = self._sampled(prompts, sampling, seeds)
+        responses = self._sampled(prompts, sampling, seed)
         if self.sleeps:
             self.sleep()
         return self.group.own(responses)
 
-    def _sampled(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Response]:
+    def _sampled(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Response]:
         from vllm import SamplingParams
 
         # A prompt found in the cache is computed in other pieces than one that is not: the last bits, and so a sample, could depend
@@ -134,8 +133,11 @@ class ColocatedVLLM:
         self.llm.reset_prefix_cache()
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         text = bool(sampling.stop_strings)  # nothing else needs it
-        settings = [SamplingParams(**request_settings(sampling, seed), detokenize=text) for seed in seeds]
+        settings = SamplingParams(**request_settings(sampling, None), detokenize=text)
         with process_state():
+            # One seed for all of the call: vLLM, in this process, draws from this process's generators, always in one order.
+            own = request_seed(seed, 0)
+            torch.manual_seed(own), random.seed(own), numpy.random.seed(own)
             outputs = self.llm.generate(requests, settings, use_tqdm=False)
         responses = []
         for output in outputs:
@@ -162,10 +164,8 @@ class ColocatedVLLM:
         self._load(model)
         self._student = model
 
-        def generate(prompts, sampling, *, seed):  # by all processes of a group alike
-            return self._sampled(prompts, sampling, [seed] * len(prompts))
-
-        check_weights(generate, model, self.dtype, self.max_logprob_gap, "vLLM")
+        # Not `generate`: the processes of a group ask for the same here.
+        check_weights(self._sampled, model, self.dtype, self.max_logprob_gap, "vLLM")
 
     def _load(self, model: PreTrainedModel) -> None:
         weights = checkpoint_weights(model)
@@ -199,16 +199,16 @@ class PromptGroup:
         if size > 1:
             self._group, _ = torch.distributed.new_subgroups(size)
 
-    def gather(self, prompts: list[list[int]], seeds: list[int]) -> tuple[list[list[int]], list[int]]:
-        """The prompts and seeds of all, in the order of the processes."""
+    def gather(self, prompts: list[list[int]], seed: int) -> tuple[list[list[int]], int]:
+        """The prompts of all, in the order of the processes, and the first one's seed."""
         if self.size == 1:
-            return prompts, seeds
+            return prompts, seed
         parts: list = [None] * self.size
-        torch.distributed.all_gather_object(parts, (prompts, seeds), group=self._group)
+        torch.distributed.all_gather_object(parts, (prompts, seed), group=self._group)
         place = torch.distributed.get_rank(self._group)
         start = sum(len(part[0]) for part in parts[:place])
         self._mine = slice(start, start + len(prompts))
-        return [p for part in parts for p in part[0]], [s for part in parts for s in part[1]]
+        return [p for part in parts for p in part[0]], parts[0][1]
 
     def own(self, responses: list[Response]) -> list[Response]:
         """Of the responses to the gathered prompts those to this process's."""

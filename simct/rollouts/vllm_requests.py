@@ -19,9 +19,12 @@ def request_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def request_settings(sampling: Sampling, seed: int) -> dict[str, Any]:
+def request_settings(sampling: Sampling, seed: int | None) -> dict[str, Any]:
     """vLLM's sampling parameters, the same names in its Python and its HTTP interface. All that shapes the distribution is said, so
-    that no generation_config.json fills in (a top_k, a repetition penalty)."""
+    that no generation_config.json fills in (a top_k, a repetition penalty).
+
+    `seed`: the request's own; on a GPU vLLM's fast sampler then stands aside for one that sorts the whole vocabulary. None: the
+    engine's generator draws."""
     return {
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,

@@ -65,6 +65,8 @@ class ServedVLLM:
         timeout: seconds that one answer may take in all.
         wait: seconds to wait for a server that is still starting.
         concurrency: most requests under way at a time.
+        seeded: each request has a seed. That keeps the server from its fastest sampler (FlashInfer's, on a GPU); False lets it have
+            that, and gives other samples each time.
     Raises:
         ImportError: httpx is not installed.
         ConnectionError: nothing answers at `base_url`. TimeoutError: it does not answer in time. PermissionError: it wants another
@@ -87,6 +89,7 @@ class ServedVLLM:
         timeout: float = 600.0,
         wait: float = 0.0,
         concurrency: int = 64,
+        seeded: bool = True,
     ) -> None:
         # A request that has not reached the server is sent again; one that has may still be running there.
         self._client = RetryingClient(
@@ -99,7 +102,7 @@ class ServedVLLM:
         )
         self.base_url, self.timeout = self._client.base_url, timeout
         self.sync_folder, self.max_logprob_gap, self._updates = sync_folder, max_logprob_gap, 0
-        self.vocab_size = vocab_size
+        self.vocab_size, self.seeded = vocab_size, seeded
         self._ask([Request("GET", "/health", empty=True)], again=True, patience=wait, timeout=min(timeout, STARTING))
         self.model_name, self.max_model_len = self._served_model(model_name, max_model_len)
         self.dtype, self.transfer = self._check_settings()
@@ -202,7 +205,7 @@ class ServedVLLM:
         body = {
             "model": self.model_name,
             "prompt": list(prompt),
-            **request_settings(sampling, seed),
+            **request_settings(sampling, seed if self.seeded else None),
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }

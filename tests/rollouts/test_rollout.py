@@ -113,6 +113,9 @@ def test_auto_takes_an_engine_that_keeps_the_soft_cap(demo_student, monkeypatch,
     said = [str(warning.message) for warning in told if "soft cap" in str(warning.message)]
     assert bool(said) == (expected is StaticBatching)
     assert all("using static batches" in text for text in said)
+    # And where it is taken, whether it is as quick as it can be.
+    slow = any("without CUDA graphs" in str(warning.message) for warning in told)
+    assert slow == (expected is ContinuousBatching and not flash)
 
 
 def test_a_model_that_continuous_batching_cannot_serve_is_refused():

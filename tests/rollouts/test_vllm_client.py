@@ -122,6 +122,9 @@ def test_prompts_and_responses_travel_as_ids_each_with_its_seed(monkeypatch):
     assert all(body["prompt"] == [5, 6] and body["return_token_ids"] and body["model"] == "student" for body in sent)
     assert {body["seed"] for body in sent} == {request_seed(3, 0), request_seed(3, 1)}
     assert {key for _, _, key in asked} == {"Bearer of-the-environment"}
+    with server(answers()) as (url, asked):
+        ServedVLLM(url, seeded=False).generate([[5, 6]], SETTINGS, seed=3)
+    assert asked[-1][1]["seed"] is None
     assert "of-the-environment" not in repr(vars(engine))
 
 

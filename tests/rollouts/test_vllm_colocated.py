@@ -24,6 +24,7 @@ class LLM:
     def __init__(self, **options):
         MADE.append(self)
         self.options, self.calls, self.sleeping, self.takes_weights = options, [], set(), True
+        self.drawn = []
         self.model = copy.deepcopy(LLM.model).eval()
         length = options.get("max_model_len", 512)
         self.llm_engine = SimpleNamespace(
@@ -59,8 +60,9 @@ class LLM:
     def generate(self, requests, settings, use_tqdm):
         assert not self.sleeping
         self.calls.append(f"generate {len(requests)}")
-        one = settings[0]  # greedy: the seeds make no difference
-        sampling = Sampling(tuple(one.stop_token_ids), 0, one.max_tokens, one.temperature)
+        assert settings.seed is None  # one with a seed of its own is drawn by the slower of vLLM's samplers
+        self.drawn.append(torch.rand(1).item())
+        sampling = Sampling(tuple(settings.stop_token_ids), 0, settings.max_tokens, settings.temperature)
         outputs = []
         for found in StaticBatching(self.model).generate([r["prompt_token_ids"] for r in requests], sampling, seed=0):
             logprobs = [
@@ -131,6 +133,18 @@ def test_without_sleep_it_stays_awake(vllm, demo_student, demo_tokenizers, setti
     assert vllm[0].calls == ["generate 2"] * 2
 
 
+def test_one_seed_is_for_a_whole_call(vllm, demo_student, demo_tokenizers, settings, prompts):
+    engine = colocated_from_model(demo_student, demo_tokenizers[0], sleep=False)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    for seed in (7, 7, 8):
+        engine.generate(prompts, settings, seed=seed)
+    drawn = vllm[0].drawn
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.equal(torch.rand(1), expected), "the process's own draws go on as if nothing had been"
+
+
 def test_an_engine_that_sleeps_without_a_student_says_what_is_missing(vllm, tmp_path, settings, prompts):
     engine = ColocatedVLLM(tmp_path, sleep=True)
     engine.generate(prompts, settings, seed=0)
@@ -179,7 +193,7 @@ def test_the_memory_share_leaves_room_to_train():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_that_share_an_engine_ask_for_all_prompts_and_keep_their_own(monkeypatch, rank):
-    parts = [([[1], [2]], [11, 12]), ([[3]], [13])]
+    parts = [([[1], [2]], 11), ([[3]], 12)]
 
     def all_gather_object(found, mine, group):
         assert mine == parts[rank] and group == "a group"
@@ -190,8 +204,7 @@ def test_processes_that_share_an_engine_ask_for_all_prompts_and_keep_their_own(m
     )
     monkeypatch.setattr(torch, "distributed", distributed)
     group = PromptGroup(2)
-    prompts, seeds = group.gather(*parts[rank])
-    assert prompts == [[1], [2], [3]] and seeds == [11, 12, 13]
+    assert group.gather(*parts[rank]) == ([[1], [2], [3]], 11)
     assert group.own(["a", "b", "c"]) == [["a", "b"], ["c"]][rank]
 
 

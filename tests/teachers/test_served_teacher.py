@@ -528,7 +528,7 @@ def test_a_teacher_object_comes_in_as_it_is(tmp_path, double, demo_tokenizers):
             SimCTTrainer(STUDENT, teacher, config(tmp_path, max_new_tokens=8), long)
 
 
-def test_long_answers_are_read_in_processes_of_their_own(url, samples, demo_tokenizers, monkeypatch):
+def test_long_answers_are_read_in_processes_of_their_own(url, samples, demo_tokenizers, monkeypatch):  # noqa: F811
     monkeypatch.setattr("simct.teachers.server.LONG", 0)
     here, apart = (ServedTeacher(url, demo_tokenizers[1], top_k=5, readers=n) for n in (0, 1))
     assert here.served._readers is None
