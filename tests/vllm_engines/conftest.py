@@ -136,7 +136,7 @@ def server_url(tmp_path_factory, tied_folder):
     """The vLLM server that takes weights, and says every token's log-probability: starting one is most of what these tests take."""
     pytest.importorskip("vllm")
     options = {
-        "--served-model-name": "student", "--max-model-len": str(MAX_MODEL_LEN), "--max-logprobs": str(VOCABULARY),
+        "--served-model-name": "teacher", "--max-model-len": str(MAX_MODEL_LEN), "--max-logprobs": str(VOCABULARY),
         "--weight-transfer-config": f'{{"backend": "{BACKEND}"}}',
     }  # fmt: skip
     log = tmp_path_factory.mktemp("server") / "log"
