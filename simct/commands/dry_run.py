@@ -21,12 +21,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from simct.console import error_line, printable
 from simct.data.prompts import Prompt, prompt_of, render_prompt
 from simct.data.records import load_records, rows
+from simct.data.renderer import compare_thoughts
 from simct.data.sources import JSONL, PARQUET
 from simct.inspection.tables import coverage_table, pair_table
 from simct.models.loading import NO_CODE, SOURCE, load_generation_config, load_tokenizer, with_adapter
 from simct.pairing.pair import TokenizerPair
 from simct.secrets import NAMES, redact, without_secrets
 from simct.teachers.served import check_objective
+from simct.training.collector import student_renderer, teacher_renderer
 from simct.training.memory import (
     PHASES,
     RESERVE,
@@ -114,6 +116,8 @@ def describe(
 
     console.print(options_table(run, config, recipe or {}))
     console.print(pair_table(pair, *tokenizers))
+    student_render = student_renderer(tokenizers[0], config)
+    compare_thoughts(student_render, teacher_renderer(tokenizers[1], student_render, config))
     if records is None:
         lengths = [assume_prompt_tokens]
     else:

@@ -41,6 +41,8 @@ class ColocatedVLLM:
             weights come back from the student: `update_weights` must have been called before. Without a GPU it only pauses.
         tensor_parallel_size: neighbouring training processes that hold one engine together. All of them must call `generate` and
             `update_weights` together.
+        seeded: each prompt has a seed of its own, so that its sample does not depend on its neighbours. On a GPU that keeps
+            vLLM from its fastest sampler. False: one seed a call; the same call gives the same samples all the same.
         max_logprob_gap: nats that log-probabilities of a few tokens may be from the student's, on average, after a change of
             weights (a quarter of it where both sides compute in float32).
         engine_arguments: any other argument of `vllm.LLM`.
@@ -61,6 +63,7 @@ class ColocatedVLLM:
         trust_remote_code: bool = False,
         sleep: bool = False,
         tensor_parallel_size: int = 1,
+        seeded: bool = False,
         max_logprob_gap: float = GAP,
         **engine_arguments,
     ) -> None:
@@ -104,7 +107,7 @@ class ColocatedVLLM:
         config = self.llm.llm_engine.model_config
         self.max_model_len, self.vocab_size = config.max_model_len, config.get_vocab_size()
         self.dtype, self.max_logprob_gap = str(config.dtype), max_logprob_gap
-        self.group = PromptGroup(tensor_parallel_size)
+        self.group, self.seeded = PromptGroup(tensor_parallel_size), seeded
         # Asleep it has neither weights nor cache.
         self.sleeps, self.asleep = sleep, False
         self._student: PreTrainedModel | None = None
@@ -133,9 +136,14 @@ class ColocatedVLLM:
         self.llm.reset_prefix_cache()
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         text = bool(sampling.stop_strings)  # nothing else needs it
-        settings = SamplingParams(**request_settings(sampling, None), detokenize=text)
+        settings = [
+            SamplingParams(
+                **request_settings(sampling, request_seed(seed, i) if self.seeded else None), detokenize=text
+            )
+            for i in range(len(prompts))
+        ]
         with process_state():
-            # One seed for all of the call: vLLM, in this process, draws from this process's generators, always in one order.
+            # Without seeds of their own: vLLM, in this process, draws from this process's generators, always in one order.
             own = request_seed(seed, 0)
             torch.manual_seed(own), random.seed(own), numpy.random.seed(own)
             outputs = self.llm.generate(requests, settings, use_tqdm=False)

@@ -48,6 +48,7 @@ class NCCLTransfer:
                 return transfer.weights()
 
         self.server, self.dtype = server, dtype
+        self.device = torch.device("cuda", torch.cuda.current_device())
         self.model: PreTrainedModel | None = None
         self._metadata: list[tuple[str, torch.dtype, tuple[int, ...]]] | None = None
         self._source, self._init = Source(), WeightTransferTrainerFactory.trainer_init
@@ -76,7 +77,7 @@ class NCCLTransfer:
         """The current weights, in the precision that they travel in."""
         for name, tensor in checkpoint_weights(self.model):
             target = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
-            yield name, tensor.to(torch.device("cuda", torch.cuda.current_device()), target).contiguous()
+            yield name, tensor.to(self.device, target).contiguous()
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         if self._metadata is None:

@@ -50,10 +50,7 @@ class Scorer:
             student_vocabulary_size=student.get_output_embeddings().weight.shape[0],
             chat=args.prompt_format != "text",
         )
-        own = args.teacher_chat_template_kwargs
-        options = (args.chat_template_kwargs or {}) if own is None else own
-        render = Renderer(teacher.tokenizer, args.prompt_format, options, args.teacher_system_prompt, context=True)
-        render = render.with_thinking(like=student_render if own is None else None)
+        render = teacher_renderer(teacher.tokenizer, student_render, args)
         render.check("teacher")
         compare_thoughts(student_render, render)
         tables = None
@@ -66,6 +63,19 @@ class Scorer:
         """What the loss reads of it there; the teacher is placed on its own."""
         tables = None if self.tables is None else self.tables.to(device)
         return replace(self, shared=self.shared.to(device), tables=tables)
+
+
+def student_renderer(tokenizer: PreTrainedTokenizerBase, args: SimCTConfig) -> Renderer:
+    """How the student's prompts are rendered."""
+    return Renderer(tokenizer, args.prompt_format, args.chat_template_kwargs or {}).with_thinking()
+
+
+def teacher_renderer(tokenizer: PreTrainedTokenizerBase, student: Renderer, args: SimCTConfig) -> Renderer:
+    """How a teacher's are, beside this student's."""
+    own = args.teacher_chat_template_kwargs
+    options = (args.chat_template_kwargs or {}) if own is None else own
+    render = Renderer(tokenizer, args.prompt_format, options, args.teacher_system_prompt, context=True)
+    return render.with_thinking(like=student if own is None else None)
 
 
 class Collector:

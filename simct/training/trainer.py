@@ -18,7 +18,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
-from simct.data.renderer import Renderer
 from simct.data.sampler import RepeatedBatches
 from simct.models.checks import check_vocabulary
 from simct.models.hidden import (
@@ -36,7 +35,7 @@ from simct.teachers.loading import Teacher, load_teachers
 from simct.training import checks
 from simct.training.callbacks import AroundSteps
 from simct.training.checkpoints import Checkpoints
-from simct.training.collector import Collector, Scorer, generator, numbered_seed
+from simct.training.collector import Collector, Scorer, generator, numbered_seed, student_renderer
 from simct.training.config import SimCTConfig
 from simct.training.evaluation import Evaluation
 from simct.training.faults import is_out_of_memory, release_memory
@@ -94,7 +93,7 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         processing_class = load_tokenizer(processing_class, model, "student", **options)
         check_vocabulary(model, processing_class, "student")
         teachers = load_teachers(teacher, teacher_processing_class, args, student=model)
-        render = Renderer(processing_class, args.prompt_format, args.chat_template_kwargs or {}).with_thinking()
+        render = student_renderer(processing_class, args)
         render.check("student")
         scorers = {name: Scorer.build(found, model, render, args) for name, found in teachers.items()}
         if peft_config is not None:

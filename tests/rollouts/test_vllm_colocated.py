@@ -12,6 +12,7 @@ from simct.rollouts import vllm_engine
 from simct.rollouts.protocol import Sampling
 from simct.rollouts.transformers_engines import StaticBatching
 from simct.rollouts.vllm_engine import ColocatedVLLM, PromptGroup, colocated_from_model, memory_share
+from simct.rollouts.vllm_requests import request_seed
 
 MADE = []
 
@@ -60,9 +61,10 @@ class LLM:
     def generate(self, requests, settings, use_tqdm):
         assert not self.sleeping
         self.calls.append(f"generate {len(requests)}")
-        assert settings.seed is None  # one with a seed of its own is drawn by the slower of vLLM's samplers
+        self.seeds = [setting.seed for setting in settings]
         self.drawn.append(torch.rand(1).item())
-        sampling = Sampling(tuple(settings.stop_token_ids), 0, settings.max_tokens, settings.temperature)
+        one = settings[0]  # greedy
+        sampling = Sampling(tuple(one.stop_token_ids), 0, one.max_tokens, one.temperature)
         outputs = []
         for found in StaticBatching(self.model).generate([r["prompt_token_ids"] for r in requests], sampling, seed=0):
             logprobs = [
@@ -142,7 +144,11 @@ def test_one_seed_is_for_a_whole_call(vllm, demo_student, demo_tokenizers, setti
         engine.generate(prompts, settings, seed=seed)
     drawn = vllm[0].drawn
     assert drawn[0] == drawn[1] != drawn[2]
+    assert vllm[0].seeds == [None, None]  # with one of its own each would be drawn by the slower of vLLM's samplers
     assert torch.equal(torch.rand(1), expected), "the process's own draws go on as if nothing had been"
+    engine.seeded = True
+    engine.generate(prompts, settings, seed=8)
+    assert vllm[0].seeds == [request_seed(8, 0), request_seed(8, 1)]
 
 
 def test_an_engine_that_sleeps_without_a_student_says_what_is_missing(vllm, tmp_path, settings, prompts):

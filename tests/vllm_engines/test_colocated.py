@@ -32,6 +32,7 @@ def made(tokenizer, tied_folder):
         dtype="float32",
         max_num_seqs=64,
         gpu_memory_utilization=0.2,
+        seeded=True,
     )
     drawn = (torch.rand(1).item(), random.random(), numpy.random.rand())
     PROCESS.update(
@@ -89,6 +90,13 @@ def test_sampling_does_not_draw_from_the_processs_generators(engine, prompts, sa
     torch.manual_seed(1)
     engine.generate(prompts, sampling(), seed=0)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_one_seed_a_call_gives_one_sample(engine, student, prompts, sampling, monkeypatch):
+    monkeypatch.setattr(engine, "seeded", False)
+    first, again, other = (plain(engine.generate(prompts * 2, sampling(), seed=seed)) for seed in (7, 7, 8))
+    assert first == again != other
+    assert first[: len(prompts)] != first[len(prompts) :]  # a repeated prompt is drawn anew
 
 
 def test_a_folder_without_a_model_is_refused(made, tmp_path):
