@@ -142,7 +142,10 @@ class RetryingClient:
                 return await self._patiently(http, request, *options)
 
         timeout = self._httpx.Timeout(None, connect=CONNECT)  # each read may take as long as the whole
-        limits = self._httpx.Limits(max_connections=None, max_keepalive_connections=self.connections)
+        # A kept connection may be closed by the server just when a request goes out on it: that one is sent once more, or, where
+        # none is, has a connection of its own.
+        kept = self.connections if options[2] else 0
+        limits = self._httpx.Limits(max_connections=None, max_keepalive_connections=kept)
         client = self._httpx.AsyncClient(
             auth=self._authorised, timeout=timeout, limits=limits, verify=self._certificates, follow_redirects=False
         )

@@ -234,3 +234,26 @@ def test_what_a_connection_failed_of_is_said():
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     with pytest.raises(ConnectionError, match=f"no whole answer from {url}/ask .*refused|Connect call failed"):
         RetryingClient(url, patience=0).call(ASK)
+
+
+def test_a_request_that_is_sent_once_has_a_connection_of_its_own():
+    """A server that closes a kept connection when the next request comes in on it, as one does whose patience with it has ended."""
+
+    def serve(listener):
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:  # closed: the test is over
+                return
+            with connection:
+                while b"\r\n\r\n" not in connection.recv(65536):
+                    pass
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+                connection.settimeout(5)
+                connection.recv(65536)  # the next request, or the client's own end
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        client = RetryingClient(f"http://127.0.0.1:{listener.getsockname()[1]}", connections=1, again=False, patience=0)
+        assert client.call_all([Request("GET", "/a")] * 3) == [{}] * 3
