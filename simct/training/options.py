@@ -251,7 +251,7 @@ class SimCTOptions:
     )
     teacher_server_kwargs: dict | str | None = option(
         None,
-        "More options of ServedTeacher, as JSON: timeout, patience, wait, concurrency, vocab_size, model_name ...",
+        "More options of ServedTeacher, as JSON: timeout, patience, wait, concurrency, readers, vocab_size, model_name ...",
         "For slow servers, or servers of several models.",
     )
 
