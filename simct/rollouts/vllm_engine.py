@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simct.rollouts.protocol import Response, Sampling
 from simct.rollouts.vllm_requests import check_prompts, request_seed, request_settings, to_response
-from simct.rollouts.vllm_weights import GAP, check_weights, pack_heads
+from simct.rollouts.vllm_weights import GAP, NEW_TOKENS, PROMPT_TOKENS, check_weights, pack_heads
 from simct.rollouts.weights import checkpoint_weights, write_model
 
 SPARE = 2 << 30  # bytes of a device that neither models nor caches take: contexts, workspaces, fragments
@@ -228,6 +228,7 @@ def colocated_from_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | os.PathLike | None = None,
     *,
+    max_model_len: int | None = None,
     gpu_memory_utilization: float | None = None,
     sleep: bool = True,
     shards: int = 1,
@@ -255,7 +256,9 @@ def colocated_from_model(
     with tempfile.TemporaryDirectory(prefix="simct-vllm-") as temporary:
         place = Path(folder if folder is not None else temporary) / "student"
         write_model(model, tokenizer, place)
-        engine = ColocatedVLLM(place, sleep=sleep, **options)
+        # What is compared after each change of weights must fit as well.
+        length = None if max_model_len is None else max(max_model_len, PROMPT_TOKENS + NEW_TOKENS)
+        engine = ColocatedVLLM(place, sleep=sleep, max_model_len=length, **options)
     engine._student = model
     return engine
 

@@ -180,7 +180,8 @@ def test_on_a_gpu_it_is_made_to_sleep_within_what_the_training_leaves(vllm, demo
     size = sum(p.numel() for p in demo_student.parameters())
     coming = 8 * size + 4 * size  # it waits on the CPU, and then there will be the moments
     assert options["gpu_memory_utilization"] == pytest.approx((free - coming - (2 << 30)) / total, rel=1e-9)
-    colocated_from_model(demo_student, demo_tokenizers[0], shards=4)
+    colocated_from_model(demo_student, demo_tokenizers[0], shards=4, max_model_len=9)
+    assert vllm[-1].options["max_model_len"] == 16  # what is compared after a change of weights
     assert vllm[-1].options["gpu_memory_utilization"] == pytest.approx((free - coming // 4 - (2 << 30)) / total)
     colocated_from_model(demo_student, demo_tokenizers[0], sleep=False, gpu_memory_utilization=0.4)
     assert "enable_sleep_mode" not in vllm[-1].options and vllm[-1].options["gpu_memory_utilization"] == 0.4
