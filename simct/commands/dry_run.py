@@ -116,8 +116,7 @@ def describe(
 
     console.print(options_table(run, config, recipe or {}))
     console.print(pair_table(pair, *tokenizers))
-    student_render = student_renderer(tokenizers[0], config)
-    compare_thoughts(student_render, teacher_renderer(tokenizers[1], student_render, config))
+    compare_thoughts(own := student_renderer(tokenizers[0], config), teacher_renderer(tokenizers[1], own, config))
     if records is None:
         lengths = [assume_prompt_tokens]
     else:
