@@ -12,7 +12,7 @@ from simct.pairing.pair import Alignment, TokenizerPair
 from simct.teachers.local import Rows, ServedRows
 from simct.training.metrics import PhaseTimer, Ratios, peak_memory_gb
 from simct.training.micro_batches import MicroBatch
-from simct.training.samples import log_ratios
+from simct.training.samples import Samples, log_ratios
 from simct_kernels import (
     AlignedUnits,
     LMHead,
@@ -22,6 +22,7 @@ from simct_kernels import (
     topk_candidate_counts,
 )
 
+MEASURED_ROWS = 512  # of a micro-batch, by whole responses: at least one
 FIRST_STEPS = 10  # logged one by one with `logging_first_step`
 
 
@@ -124,22 +125,36 @@ class Recorder:
         student: tuple[Tensor, LMHead],
         teacher: Rows | ServedRows,
     ) -> None:
-        """Statistics over both whole vocabularies, of a served teacher over what it said."""
-        ours = token_statistics(*student, units.student_tokens)
+        """Statistics over both whole vocabularies, of a served teacher over what it said: of some whole responses of a micro-batch
+        with more than `MEASURED_ROWS` rows, since they would cost more than the loss does."""
+        samples = batch.samples
+        chosen = evenly_chosen(samples.response_lengths, MEASURED_ROWS)
+        served = isinstance(teacher, ServedRows)
+        teacher_logprob = self._served(units, shared, teacher) if served else None
+        if len(chosen) < len(samples):
+            inside, ours_of, theirs_of = _rows_of(samples, chosen, batch.alignment.student_start)
+            tokens = units.student_tokens[ours_of.to(units.student_tokens.device)]
+            student = student[0][ours_of.to(student[0].device)], student[1]
+            samples = samples.pick(chosen)
+        else:
+            inside, tokens, theirs_of = None, units.student_tokens, slice(None)
+        ours = token_statistics(*student, tokens)
         self.ratios.count("measured tokens", len(ours.entropy))
         self.ratios.add("response/entropy", ours.entropy.sum(), per="measured tokens")
-        if isinstance(teacher, ServedRows):
-            teacher_logprob = self._served(units, shared, teacher)
+        if served:
+            teacher_logprob = teacher_logprob[theirs_of]
         else:
-            teacher_logprob = token_statistics(*teacher, units.teacher_tokens).logprob
+            hidden, head = teacher
+            teacher_logprob = token_statistics(hidden[theirs_of], head, units.teacher_tokens[theirs_of]).logprob
             options = {"score": self.args.score, "candidates": self.args.candidates}
-            mass = candidate_mass(*teacher, units, shared, **options)
+            measured = units if inside is None else batch.alignment.select(inside).to(hidden.device)
+            mass = candidate_mass(*teacher, measured, shared, **options)
             self.ratios.count("measured units", len(mass))
             self.ratios.add("teacher_mass", mass.sum(), per="measured units")
-        ratios, lengths = log_ratios(pair, batch.samples, ours.logprob, teacher_logprob)
+        ratios, lengths = log_ratios(pair, samples, ours.logprob, teacher_logprob)
         self.ratios.count("measured bytes", sum(lengths))
         self.ratios.add("reverse_kl_per_byte", sum(ratios), per="measured bytes")
-        self._logprob_gap(batch, ours.logprob)
+        self._logprob_gap(samples, ours.logprob)
 
     def _served(self, units: AlignedUnits, shared: SharedVocabulary, teacher: ServedRows) -> Tensor:
         """How much of the teacher came over the wire: the probability of its k best tokens, and the share of units that have fewer
@@ -152,11 +167,11 @@ class Recorder:
         self.ratios.add("served/topk_mass", logprobs.exp().sum(), per="served rows")
         return teacher.token_logprobs
 
-    def _logprob_gap(self, batch: MicroBatch, logprob: Tensor) -> None:
+    def _logprob_gap(self, samples: Samples, logprob: Tensor) -> None:
         """How far the engine's log-probabilities of its samples are from the trainer's own."""
-        own = logprob.cpu().split([len(ids) for ids in batch.samples.student_responses])
+        own = logprob.cpu().split(samples.response_lengths)
         total, tokens = 0.0, 0
-        for sample, values in zip(batch.samples, own, strict=True):
+        for sample, values in zip(samples, own, strict=True):
             if sample.on_policy and sample.response.logprobs is not None:
                 total += float((values - torch.tensor(sample.response.logprobs)).abs().sum())
                 tokens += len(values)
@@ -171,3 +186,21 @@ class Recorder:
                 f"average (max_logprob_gap {self.args.max_logprob_gap}): stale weights, another precision or another model",
                 stacklevel=2,
             )
+
+
+def evenly_chosen(lengths: list[int], rows: int) -> list[int]:
+    """Every so many-th response, so that all together have about so many rows, or the first alone has more."""
+    step = max(1, -(-sum(lengths) // rows))
+    return list(range(0, len(lengths), step))
+
+
+def _rows_of(samples: Samples, chosen: list[int], starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which units are in the chosen responses (bool [G], by their first student rows `starts`), and the rows of these responses of
+    the student and of the teacher."""
+    wanted = torch.zeros(len(samples), dtype=torch.bool)
+    wanted[chosen] = True
+    sides = []
+    for responses in (samples.student_responses, samples.teacher_responses):
+        lengths = torch.tensor([len(ids) for ids in responses])
+        sides.append(wanted.repeat_interleave(lengths))
+    return sides[0][starts], *(side.nonzero().flatten() for side in sides)

@@ -7,7 +7,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ll
 from simct import SimCTConfig, SimCTTrainer
 from simct.data.records import read_prompts
 from simct.demo import ASSETS
+from simct.training import recorder
+from simct.training.micro_batches import MicroBatch
 from simct.training.recorder import Recorder
+from simct_kernels import token_statistics
 
 STUDENT, TEACHER = str(ASSETS / "student"), str(ASSETS / "teacher")
 CONTINUOUS = pytest.param("continuous")
@@ -119,6 +122,34 @@ def test_metrics_are_complete_and_consistent(plain):
         for phase in "rollout", "teacher", "student":
             assert row[f"tokens_per_second/{phase}"] > 0, phase
         assert math.isfinite(row["reverse_kl_per_byte"])
+
+
+def test_a_large_micro_batch_is_measured_by_some_whole_responses(tmp_path, monkeypatch):
+    """Statistics over two whole vocabularies of all its rows would cost more than its loss."""
+    trainer = SimCTTrainer(STUDENT, TEACHER, config(tmp_path), PROMPTS)
+    samples = trainer.draw(PROMPTS[:6])
+
+    def measured(samples):
+        part = MicroBatch.build(samples, trainer.layout, trainer.default_teacher)
+        trainer._score([part])
+        with torch.no_grad():
+            student = trainer.student_rows(trainer.model, part.packed)
+        rows = []
+        monkeypatch.setattr(recorder, "token_statistics", lambda *a: rows.append(len(a[0])) or token_statistics(*a))
+        units = part.alignment.to("cpu")
+        trainer.recorder.distributions(part, units, trainer.pair, trainer.shared, student, part.teacher_rows)
+        return trainer.ratios.flush(), rows
+
+    limit = sum(samples.response_lengths) // 3
+    monkeypatch.setattr(recorder, "MEASURED_ROWS", limit)
+    some, rows = measured(samples)
+    chosen = recorder.evenly_chosen(samples.response_lengths, limit)
+    assert 1 <= len(chosen) < len(samples)
+    assert rows[0] == sum(samples.response_lengths[i] for i in chosen) < sum(samples.response_lengths)
+    monkeypatch.setattr(recorder, "MEASURED_ROWS", 10**6)
+    alone, _ = measured(samples.pick(chosen))
+    assert {"response/entropy", "teacher_mass", "reverse_kl_per_byte"} < alone.keys()
+    assert some == pytest.approx(alone, rel=1e-4)
 
 
 def test_only_what_is_logged_is_measured(tmp_path, monkeypatch):
