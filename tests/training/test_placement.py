@@ -55,6 +55,14 @@ def test_deepspeed_is_refused_before_any_work(tmp_path, monkeypatch, by_launcher
         SimCTConfig(output_dir=str(tmp_path), use_cpu=True, **{} if by_launcher else {"deepspeed": "zero2.json"})
 
 
+def test_a_teacher_without_weights_in_most_processes_is_refused(tmp_path, monkeypatch):
+    """accelerate's configuration has it on by default: zeros would be a teacher that passes every check."""
+    for name in "ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING":
+        monkeypatch.setenv(name, "true")
+    with pytest.raises(ValueError, match="cpu_ram_efficient_loading on: expected False"):
+        tiny_trainer(tmp_path)
+
+
 def test_the_frozen_weights_under_an_adapter_stay_in_their_own_16_bits(gpu, tmp_path):
     """They are on the device once: two bytes each, no float32 masters, no copy to sample from."""
     tiny_model(STUDENT).bfloat16().save_pretrained(tmp_path / "student")
