@@ -1,9 +1,12 @@
 """The adapter of a finished run: saved before it is merged, and merged where the student is sharded."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear
+from test_distributed import launch
 from test_trainer import STUDENT
 from tiny import tiny_model, tiny_trainer
 from torch.distributed.fsdp import fully_shard
@@ -50,3 +53,42 @@ def test_a_sharded_student_is_merged(trainer, tmp_path, monkeypatch):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert type(merged).__name__ == "LlamaForCausalLM"
     torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+RUN = """
+import sys
+sys.path.append(sys.argv[2])
+import torch
+from cpu_sharding import shard_on_a_cpu
+from peft import LoraConfig
+from simct import SimCTConfig, SimCTTrainer
+from simct.demo import ASSETS
+from simct.data.records import read_prompts
+
+torch.set_num_threads(1)
+shard_on_a_cpu()
+fsdp = {"transformer_layer_cls_to_wrap": ["Gemma2DecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
+config = SimCTConfig(
+    output_dir=sys.argv[1], max_steps=1, per_device_train_batch_size=2, learning_rate=0.1, optim="sgd", max_new_tokens=8,
+    lr_scheduler_type="constant", warmup_steps=0, save_strategy="no", use_cpu=True, disable_tqdm=True, fsdp=True, fsdp_config=fsdp,
+)
+prompts = read_prompts(ASSETS / "train.jsonl")[:8]
+adapter = LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
+trainer = SimCTTrainer(str(ASSETS / "student"), str(ASSETS / "teacher"), config, prompts, peft_config=adapter)
+trainer.train()
+trainer.save_merged(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_merge_what_they_share(programs, tmp_path):
+    """FSDP2 over gloo: the adapter is saved whole, and the merged student is the student with it."""
+    (script := tmp_path / "run.py").write_text(RUN)
+    launch(programs, [script, tmp_path / "run", Path(__file__).parent], tmp_path / "output", 2)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32).state_dict()
+    first = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32)
+    before = {name: value.clone() for name, value in first.state_dict().items()}
+    expected = PeftModel.from_pretrained(first, tmp_path / "run" / "adapter").merge_and_unload().state_dict()
+    assert any(not torch.equal(expected[name], before[name]) for name in before)
+    for name, value in expected.items():
+        torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-6, msg=name)
