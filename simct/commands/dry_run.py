@@ -116,7 +116,6 @@ def describe(
 
     console.print(options_table(run, config, recipe or {}))
     console.print(pair_table(pair, *tokenizers))
-    compare_thoughts(own := student_renderer(tokenizers[0], config), teacher_renderer(tokenizers[1], own, config))
     if records is None:
         lengths = [assume_prompt_tokens]
     else:
@@ -125,6 +124,8 @@ def describe(
         texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts[:COVERAGE_PROMPTS]]
         console.print(coverage_table(pair.coverage(texts), "the first prompts' own text"), "")
         lengths = prompt_lengths(prompts, tokenizers[0], config)
+    # Behind the data's own prompts: a template that fails is told with the prompt that it failed on.
+    compare_thoughts(own := student_renderer(tokenizers[0], config), teacher_renderer(tokenizers[1], own, config))
     available = int(assume_memory_gb * 1e9) if assume_memory_gb else device_memory(config.device)
     on_cpu = dtype == torch.float32
     numbers = numbers_of(config, student, max(lengths), len(pair.shared), on_cpu=on_cpu, available=available)
