@@ -227,6 +227,7 @@ def sleep():
     time.sleep(60)
 
 
+@pytest.mark.slow
 def test_workers_measure_and_survive():
     with Worker("cpu", fresh=True) as worker:
         for _ in range(2):

@@ -56,7 +56,9 @@ def looked_at(sides, *given, note="", **options):
     return pair, answers, inspection, Page(html)
 
 
-@pytest.mark.parametrize("names", [("qwen", "deepseek"), ("deepseek", "qwen"), ("demo", "demo")])
+@pytest.mark.parametrize(
+    "names", [("qwen", "deepseek"), pytest.param(("deepseek", "qwen"), marks=pytest.mark.slow), ("demo", "demo")]
+)
 def test_every_token_and_byte_is_on_the_page_once(request, names):
     if names[0] == "demo":
         sides = request.getfixturevalue("demo_tokenizers")
