@@ -23,6 +23,7 @@ from simct_kernels import LMHead, linear_simct_loss
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = ["plain_loop", "trl_distillation_trainer", "trl_gold", "kdflow_algorithm", "lightning_module"]
+SLOW = ["trl_distillation_trainer", "trl_gold", "kdflow_algorithm", "lightning_module"]
 TRL = {"trl_distillation_trainer": DistillationTrainer, "trl_gold": GOLDTrainer}
 pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="tests without the examples beside them")
 
@@ -95,7 +96,7 @@ def oracle(batch: PaddedBatch) -> tuple[float, list[str]]:
 
 # `test_trl_takes_a_simct_step_with_a_gemma_style_student` has the trainers of TRL.
 @pytest.mark.parametrize(
-    "name", [name if name not in TRL else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+    "name", [name if name not in SLOW else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )
 def test_an_example_trains(name, seen, capsys):
     names = run(name)

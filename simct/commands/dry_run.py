@@ -3,7 +3,6 @@
 Models are made from their configurations on the meta device; no weights are read or allocated.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
@@ -13,12 +12,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from simct.console import error_line, printable
+from simct.commands.options_table import options_table
+from simct.console import error_line
 from simct.data.prompts import Prompt, prompt_of, render_prompt
 from simct.data.records import load_records, rows
 from simct.data.renderer import compare_thoughts
@@ -26,7 +25,7 @@ from simct.data.sources import JSONL, PARQUET
 from simct.inspection.tables import coverage_table, pair_table
 from simct.models.loading import NO_CODE, SOURCE, load_generation_config, load_tokenizer, with_adapter
 from simct.pairing.pair import TokenizerPair
-from simct.secrets import NAMES, redact, without_secrets
+from simct.secrets import without_secrets
 from simct.teachers.served import check_objective
 from simct.training.collector import student_renderer, teacher_renderer
 from simct.training.memory import (
@@ -124,7 +123,7 @@ def describe(
         texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts[:COVERAGE_PROMPTS]]
         console.print(coverage_table(pair.coverage(texts), "the first prompts' own text"), "")
         lengths = prompt_lengths(prompts, tokenizers[0], config)
-    # Behind the data's own prompts: a template that fails is told with the prompt that it failed on.
+    # Only now: a template that fails is told with the prompt that it failed on.
     compare_thoughts(own := student_renderer(tokenizers[0], config), teacher_renderer(tokenizers[1], own, config))
     available = int(assume_memory_gb * 1e9) if assume_memory_gb else device_memory(config.device)
     on_cpu = dtype == torch.float32
@@ -283,34 +282,6 @@ def changes_that_fit(
     return None
 
 
-def options_table(run, config, recipe: Mapping[str, Any]) -> Table:
-    """The options that differ from the defaults, and whether the recipe or the command line set them."""
-    table = Table(title="Options that differ from the defaults")
-    for column in "option", "value", "default", "set by":
-        table.add_column(column, overflow="fold")
-    default = type(config)(output_dir=config.output_dir, use_cpu=config.use_cpu)
-    rows = [(field.name, getattr(run, field.name), field.default) for field in dataclasses.fields(run)]
-    rows += [
-        (field.name, getattr(config, field.name), getattr(default, field.name))
-        for field in dataclasses.fields(config)
-        if field.init and field.name not in NAMES
-    ]
-    for name, value, usual in rows:
-        if name == "activation_checkpointing" and value == config.gradient_checkpointing:
-            continue  # the same option under its new name
-        needed = usual is dataclasses.MISSING
-        if not needed and value == usual and not (name == "output_dir" and name in recipe):
-            continue
-        given = recipe.get(name)
-        origin = "recipe" if name in recipe and _same(value, given) else "command line"
-        if origin == "command line" and name in recipe:
-            origin += f" (recipe: {_show(without_secrets(name, given))})"
-        shown = redact(_show(without_secrets(name, value)))
-        row = (name, shown, "" if needed else _show(usual), redact(origin))
-        table.add_row(*(Text(printable(text)) for text in row))
-    return table
-
-
 def _verdict(memory: MemoryEstimate, available: int, changes: list[str] | None) -> Text:
     peak, room = f"{memory.peak / 1e9:.1f} GB in its {memory.peak_phase} phase", f"{_usable(available) / 1e9:.1f} GB"
     if changes == []:
@@ -384,18 +355,3 @@ def _usable(available: int) -> float:
 def _get(config, name: str, default):
     value = getattr(config, name, default)
     return default if value is None else value
-
-
-def _same(value, given) -> bool:
-    return _show(value) == _show(given) or (isinstance(value, float) and _number(given) == value)
-
-
-def _number(value) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _show(value) -> str:
-    return str(getattr(value, "value", value))

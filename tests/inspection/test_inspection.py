@@ -57,7 +57,11 @@ def looked_at(sides, *given, note="", **options):
 
 
 @pytest.mark.parametrize(
-    "names", [("qwen", "deepseek"), pytest.param(("deepseek", "qwen"), marks=pytest.mark.slow), ("demo", "demo")]
+    "names",
+    [
+        ("demo", "demo"),
+        *(pytest.param(names, marks=pytest.mark.slow) for names in (("qwen", "deepseek"), ("deepseek", "qwen"))),
+    ],
 )
 def test_every_token_and_byte_is_on_the_page_once(request, names):
     if names[0] == "demo":

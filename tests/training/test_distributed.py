@@ -74,7 +74,8 @@ def one(programs, tmp_path_factory):
     return run(programs, tmp_path_factory.mktemp("one"), 1, 8)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("whole", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["whole", "fsdp"])
 def test_two_processes_equal_one(programs, tmp_path, one, kind):
     ours, theirs = one, run(programs, tmp_path, 2, 4, kind)
     names = (

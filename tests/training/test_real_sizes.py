@@ -34,6 +34,7 @@ def check(seen, memory):
     assert seen.waits["student"]["copy"] == 4 and not seen.waits["student"]["item"]
 
 
+@pytest.mark.slow
 def test_a_step_holds_what_the_dry_run_says(gpu, tmp_path):
     check(*ran(gpu, tmp_path, (GEMMA_2_2B, QWEN_2_5_7B), gradient_checkpointing=True))
 

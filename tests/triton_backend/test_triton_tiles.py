@@ -13,7 +13,7 @@ DISJOINT = {"beta": 0.5, "candidates": "disjoint"}
 
 @pytest.mark.parametrize(
     "architecture,options",
-    [(90, DISJOINT), ("gfx942", {}), *slow((90, {}), ("gfx942", DISJOINT))],
+    [(90, DISJOINT), *slow(("gfx942", {}), (90, {}), ("gfx942", DISJOINT))],
     ids=str,
 )
 def test_the_tables_tiles_agree_with_the_oracle(monkeypatch, architecture, options):
