@@ -49,6 +49,10 @@ def api(folder: Path) -> Iterator[str]:
     """The API reference of the installed packages."""
     import pdoc
 
+    import simct
+
+    for name in simct.__all__:  # pdoc sees what is there already, not what is imported when it is asked for
+        setattr(simct, name, getattr(simct, name))
     pdoc.render.configure(docformat="google", show_source=True)
     pdoc.pdoc(*MODULES, output_directory=folder)
     yield "the API reference"

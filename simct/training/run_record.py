@@ -4,11 +4,11 @@ another size would not be the run that was stopped."""
 import hashlib
 import itertools
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-import datasets
 from transformers import PreTrainedTokenizerBase
 
 from simct.data.records import rows
@@ -38,10 +38,11 @@ def digest(parts: Iterable[Any]) -> str:
 
 def data_digest(dataset) -> str | None:
     """A hash of the records; of a stream that can be read again, of its first ones; None for any other stream."""
+    streams = sys.modules.get("datasets")  # a run on lists does without the package
     if hasattr(dataset, "__len__"):
         names = getattr(dataset, "column_names", None)
         found = rows(dataset, None if names is None else [name for name in READ if name in names])
-    elif isinstance(dataset, datasets.IterableDataset):
+    elif streams is not None and isinstance(dataset, streams.IterableDataset):
         found = itertools.islice(dataset, STREAMED)
     else:
         return None
