@@ -217,7 +217,10 @@ def quiet_libraries() -> None:
 def first_evaluation(trainer, path: Path, resume: str | None) -> dict[str, float] | None:
     """The evaluation before the first step. A resumed run reads the one that was written then; None if there is none."""
     if resume:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if found:
+            trainer.first_evaluations["eval"] = {name.removeprefix("eval_"): value for name, value in found.items()}
+        return found
     found = evaluate(trainer)
     if trainer.is_world_process_zero():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -118,6 +118,8 @@ class ColocatedVLLM:
         check_prompts(prompts, sampling, self.max_model_len, self.vocab_size)
         prompts, seed = self.group.gather(prompts, seed)
         if not prompts:
+            if self.sleeps and not self.asleep:  # woken by a change of weights
+                self.sleep()
             return []
         if self.asleep:
             if self._student is None:

@@ -10,7 +10,11 @@ BACKEND = "simct-files"
 
 
 def register() -> None:
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    try:
+        from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if BACKEND not in WeightTransferEngineFactory._registry:  # called more than once in a process
+        known = WeightTransferEngineFactory._registry
+    except (ImportError, AttributeError):
+        return  # another vLLM, which must start all the same: it will not know the name, and say so
+    if BACKEND not in known:  # called more than once in a process
         WeightTransferEngineFactory.register_engine(BACKEND, "simct.rollouts.vllm_files", "FileTransferEngine")

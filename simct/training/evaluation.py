@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import gather_object
 
 from simct.data.records import reference_answer
+from simct.data.records import rows as rows_of
 from simct.training import checks
 from simct.training.collector import numbered_seed
 from simct.training.metrics import ratio_with_standard_error
@@ -124,8 +125,6 @@ def collapse(first: dict[str, float], now: dict[str, float]) -> str | None:
 def grade(trainer, records: list[dict[str, Any]], seed: int) -> list[list[bool]]:
     """For each record with an `answer`: whether each of its `eval_num_generations` responses gives it."""
     graded = [record for record in records if record.get("answer") is not None]
-    if not graded:
-        return []
     from simct.training.grading import is_correct
 
     times = trainer.args.eval_num_generations
@@ -148,14 +147,18 @@ def measure(trainer, dataset) -> tuple[dict[str, float], Samples]:
     args = trainer.args
     records = [dataset[i] for i in range(args.process_index, len(dataset), args.world_size)]
     samples = trainer.draw(records)
-    answered = trainer.answers(records)
+    # What all processes go through together is decided by the whole data set, not by one's own share of it.
+    every = list(rows_of(dataset))
+    has_answers = any(reference_answer(record) is not None for record in every)
+    is_graded = any(record.get("answer") is not None for record in every)
+    answered = trainer.answers(records) if has_answers else Samples()
     student = trainer.accelerator.unwrap_model(trainer.model)
     training = student.training
     student.eval()
     try:
         rows, ends = score(trainer, samples)
-        given, _ = score(trainer, answered)
-        graded = grade(trainer, records, numbered_seed(args.seed, 0, args.process_index))
+        given, _ = score(trainer, answered) if has_answers else ([], [])
+        graded = grade(trainer, records, numbered_seed(args.seed, 0, args.process_index)) if is_graded else []
     finally:
         student.train(training)
     if trainer.accelerator.num_processes > 1:
@@ -211,11 +214,10 @@ class Evaluation:
     def _warn(self, metrics: dict[str, float], prefix: str) -> None:
         """Says what figures mean that are bad: a collapse since the first evaluation, an end that the teacher does not know."""
         now = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
-        earlier = (row for row in self.state.log_history if f"{prefix}_reverse_kl_per_byte" in row)
-        first = next(earlier, None)
-        problem = None
-        if first is not None:
-            problem = collapse({name.removeprefix(f"{prefix}_"): value for name, value in first.items()}, now)
+        # Kept beside the Trainer's own state, which `train` begins anew.
+        first = self.first_evaluations.get(prefix)
+        self.first_evaluations.setdefault(prefix, now)
+        problem = None if first is None else collapse(first, now)
         if problem is not None:
             warnings.warn(problem, stacklevel=3)
         elif first is None and now.get("teacher_end_probability", 1.0) < UNLIKELY:
@@ -230,8 +232,6 @@ class Evaluation:
     def answers(self, records: list[dict[str, Any]]) -> Samples:
         """The records' own answers in full, where they have one, as samples that the student did not draw."""
         answered = [record for record in records if reference_answer(record) is not None]
-        if not answered:
-            return Samples()
         return self.collector.collect(answered, self.sampling, self.args.seed, on_policy_fraction=0.0)
 
     def draw(self, records: list[dict[str, Any]]) -> Samples:

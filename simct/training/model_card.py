@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from simct.console import printable
+from simct.console import error_line, printable
 from simct.data.prompts import prompt_of
 from simct.pairing.coverage import RULES, Coverage, in_words
 from simct.secrets import redact
@@ -41,9 +42,11 @@ class ModelCards:
             self.write_card(output_dir if output_dir is not None else self.args.output_dir)
 
     def write_card(self, folder: str | Path, model_name: str | None = None, **metadata: Any) -> None:
-        """README.md of a folder; what is in it says whether that is an adapter's."""
-        card = model_card(self, Path(folder), model_name, **metadata)
-        card.save(Path(folder) / "README.md")
+        """README.md of a folder; what is in it says whether that is an adapter's. What fails is told: it may cost no student."""
+        try:
+            model_card(self, Path(folder), model_name, **metadata).save(Path(folder) / "README.md")
+        except Exception as error:  # options, records and metadata of any kind
+            warnings.warn(f"the card of {str(folder)!r} was not written: {error_line(error)}", stacklevel=2)
 
     def prompt_coverage(self) -> Coverage | None:
         """What the (first) teacher would supervise of the first prompts' own text; None where the data are streamed."""
@@ -157,7 +160,8 @@ def covered(trainer):
 def how_it_was_trained(trainer) -> str:
     notes = [f"- {what}: `{plain(text)}`" for what, text in trainer.card_notes.items()]
     packages = ", ".join(f"{package} {version(package)}" for package in ("transformers", "torch"))
-    options = yaml.safe_dump(changed_options(trainer.args), sort_keys=False, allow_unicode=True, width=10_000)
+    plain_values = json.loads(json.dumps(changed_options(trainer.args), default=str))
+    options = yaml.safe_dump(plain_values, sort_keys=False, allow_unicode=True, width=10_000)
     lines = [*notes, f"- Made with: SimCT {import_module('simct').__version__}, {packages}"]
     return (
         "## How it was trained\n\n"

@@ -339,7 +339,7 @@ INHERITED = {
         False, "Save the best checkpoint's student, not the last.", "With eval_strategy."
     ),
     "metric_for_best_model": Inherited(
-        None, "What is best; reverse_kl_per_byte if not given.", "`accuracy` for graded answers."
+        None, "What the best checkpoint is known by.", "With load_best_model_at_end: `accuracy`, `forward_kl_per_byte`."
     ),
     "report_to": Inherited("none", "Where logs go: wandb, trackio, tensorboard ...", "To watch a run from elsewhere."),
     "run_name": Inherited(None, "What it is called there.", "With report_to."),

@@ -21,12 +21,12 @@ def student_options(config, adapter) -> dict[str, Any]:
     """The arguments of `from_pretrained` for a student given by name.
 
     Master weights in float32 unless the user says otherwise: at learning rates of 1e-6 bfloat16 weights would not move. Under an
-    adapter nothing moves them: where the run computes in 16 bits anyway they stay in their own, and rollouts need no copy.
+    adapter nothing moves them: where the run computes in 16 bits anyway they stay in their own, and rollouts need no copy (but for
+    an adapter that trains modules whole: those in float32 among others in 16 bits would run under autocast only).
     """
     given = config.model_init_kwargs or {}
-    own = (
-        adapter is not None and (config.bf16 or config.fp16) and not {"gguf_file", "quantization_config"} & given.keys()
-    )
+    light = adapter is not None and not getattr(adapter, "modules_to_save", None)
+    own = light and (config.bf16 or config.fp16) and not {"gguf_file", "quantization_config"} & given.keys()
     return {"dtype": "auto" if own else torch.float32, **given}
 
 
@@ -42,7 +42,8 @@ def place_student(trainer) -> PreTrainedModel:
     student = trainer.accelerator.unwrap_model(trainer.model)
     if not (trainer.is_fsdp_enabled or is_dispatched(student) or getattr(student, "is_quantized", False)):
         student.to(trainer.args.device)  # with bf16_full_eval the Trainer would do it where training starts
-    with trainer.accelerator.autocast() if uses_flash(student) else contextlib.nullcontext():
+    whole = any(".modules_to_save." in name for name, _ in student.named_parameters())
+    with trainer.accelerator.autocast() if uses_flash(student) or whole else contextlib.nullcontext():
         check_head(student, "student")
     warn_of_still_weights(student, trainer.args)
     return student
@@ -75,9 +76,9 @@ def moved_share(parameters: Iterable[nn.Parameter], step: float) -> float:
         weights = parameter.detach().flatten()
         weights = weights[:: max(1, len(weights) // SAMPLED)]
         changed = ((weights.float() - step).to(weights.dtype) != weights).float().mean()
-        moved.append(changed.cpu() if len(moved) and changed.device != moved[0].device else changed)
+        moved.append(changed.to(moved[0].device) if moved else changed)
         count.append(parameter.numel())
-    total = torch.stack(moved).double() @ torch.tensor(count, dtype=torch.float64, device=moved[0].device)
+    total = torch.stack(moved).cpu().double() @ torch.tensor(count, dtype=torch.float64)
     return float(total) / sum(count)
 
 

@@ -139,8 +139,9 @@ class Recorder:
         else:
             inside, tokens, theirs_of = None, units.student_tokens, slice(None)
         ours = token_statistics(*student, tokens)
-        self.ratios.count("measured tokens", len(ours.entropy))
-        self.ratios.add("response/entropy", ours.entropy.sum(), per="measured tokens")
+        weight = len(batch.samples) / max(1, len(samples))  # those measured stand for the others of their micro-batch
+        self.ratios.count("measured tokens", weight * len(ours.entropy))
+        self.ratios.add("response/entropy", weight * ours.entropy.sum(), per="measured tokens")
         if served:
             teacher_logprob = teacher_logprob[theirs_of]
         else:
@@ -149,11 +150,11 @@ class Recorder:
             options = {"score": self.args.score, "candidates": self.args.candidates}
             measured = units if inside is None else batch.alignment.select(inside).to(hidden.device)
             mass = candidate_mass(*teacher, measured, shared, **options)
-            self.ratios.count("measured units", len(mass))
-            self.ratios.add("teacher_mass", mass.sum(), per="measured units")
+            self.ratios.count("measured units", weight * len(mass))
+            self.ratios.add("teacher_mass", weight * mass.sum(), per="measured units")
         ratios, lengths = log_ratios(pair, samples, ours.logprob, teacher_logprob)
-        self.ratios.count("measured bytes", sum(lengths))
-        self.ratios.add("reverse_kl_per_byte", sum(ratios), per="measured bytes")
+        self.ratios.count("measured bytes", weight * sum(lengths))
+        self.ratios.add("reverse_kl_per_byte", weight * sum(ratios), per="measured bytes")
         self._logprob_gap(samples, ours.logprob)
 
     def _served(self, units: AlignedUnits, shared: SharedVocabulary, teacher: ServedRows) -> Tensor:

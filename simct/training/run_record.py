@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from simct.data.records import rows
 from simct.rollouts.protocol import Sampling
 
-READ = ("prompt", "messages", "completion", "teacher_context", "teacher")  # what of a record shapes a step
+READ = ("prompt", "messages", "completion", "teacher_context", "teacher", "tools")  # what of a record shapes a step
 STREAMED = 16  # records of a stream that stand for all of it
 # Options that say which prompts a step has, and how many responses.
 OPTIONS = (

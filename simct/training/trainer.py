@@ -147,6 +147,7 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         self._totals = torch.zeros(3, dtype=torch.int64)
         self._drawn = Samples()
         self._problem, self._grad_norm, self._in_forward = None, None, False
+        self.first_evaluations: dict[str, dict[str, float]] = {}  # by prefix, what later ones are compared with
         self.evaluated: Samples | None = None  # this process's samples of the last evaluation, for callbacks
         self.add_callback(AroundSteps(self))
 

@@ -128,6 +128,14 @@ def test_it_sleeps_between_its_calls_and_wakes_with_the_students_weights(
     assert vllm[0].calls[-5:] == ["wake weights", "load", "wake kv_cache", "generate 2", "sleep 2"]
 
 
+def test_it_sleeps_though_nothing_is_sampled(vllm, demo_student, demo_tokenizers, settings):
+    """A step of the data's answers alone: the change of weights has woken it."""
+    engine = colocated_from_model(demo_student, demo_tokenizers[0], sleep=True)
+    engine.update_weights(demo_student)
+    assert not engine.asleep
+    assert engine.generate([], settings, seed=0) == [] and engine.asleep
+
+
 def test_without_sleep_it_stays_awake(vllm, demo_student, demo_tokenizers, settings, prompts):
     engine = colocated_from_model(demo_student, demo_tokenizers[0], sleep=False)
     for _ in range(2):

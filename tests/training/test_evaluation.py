@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from test_trainer import STUDENT, TEACHER, config
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState
 
 from simct import SimCTConfig, SimCTTrainer
 from simct.training.evaluation import collapse, score
@@ -79,10 +79,11 @@ def test_a_collapse_is_told_by_what_the_reverse_kl_does_not_see(now, said):
 def test_a_collapse_since_the_first_evaluation_warns(trainer, monkeypatch):
     figures = iter([dict(BEFORE), {**BEFORE, "reverse_kl_per_byte": 0.3, "forward_kl_per_byte": 0.72}])
     monkeypatch.setattr("simct.training.evaluation.measure", lambda *_: (next(figures), None))
-    monkeypatch.setattr(trainer.state, "log_history", [])
+    monkeypatch.setattr(trainer, "first_evaluations", {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer.evaluate()
+    trainer.state = TrainerState()  # as `train` does
     with pytest.warns(UserWarning, match="narrows down rather than learns"):
         trainer.evaluate()
 
@@ -90,7 +91,7 @@ def test_a_collapse_since_the_first_evaluation_warns(trainer, monkeypatch):
 def test_an_end_that_the_teacher_does_not_know_is_told(trainer, monkeypatch):
     figures = {**BEFORE, "teacher_end_probability": 3.4e-5}
     monkeypatch.setattr("simct.training.evaluation.measure", lambda *_: (figures, None))
-    monkeypatch.setattr(trainer.state, "log_history", [])
+    monkeypatch.setattr(trainer, "first_evaluations", {})
     monkeypatch.setattr(trainer.args, "prompt_format", "text")
     monkeypatch.setattr(trainer.teacher.tokenizer, "chat_template", "{{ messages }}")
     with pytest.warns(UserWarning, match="has a chat template and is read without it, gives the end .* 3.4e-05"):

@@ -52,6 +52,17 @@ def test_the_card_of_a_student(tmp_path, monkeypatch):
     assert len(names["tokenizer"]) == names["model"].config.vocab_size
 
 
+def test_a_card_that_cannot_be_written_costs_no_student(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no card today")
+
+    trainer = tiny_trainer(tmp_path, save_strategy="no")
+    monkeypatch.setattr("simct.training.model_card.model_card", fail)
+    with pytest.warns(UserWarning, match="card of .* was not written: no card today"):
+        trainer.save_model()
+    assert AutoModelForCausalLM.from_pretrained(trainer.args.output_dir).num_parameters() > 0
+
+
 def test_an_adapters_folder_says_what_it_is(tmp_path, monkeypatch):
     from peft import LoraConfig
 

@@ -69,7 +69,7 @@ def test_the_frozen_weights_under_an_adapter_stay_in_their_own_16_bits(gpu, tmp_
     tokenizer(STUDENT).save_pretrained(tmp_path / "student")
     with gpu.fake:
         teacher = tiny_model(TEACHER)
-    adapter = LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["lm_head"])
+    adapter = LoraConfig(target_modules=["q_proj"], r=2)
     arguments = config(tmp_path, bf16=True, backend="torch", rollout_engine="static")
     trainer = SimCTTrainer(
         str(tmp_path / "student"), teacher, arguments, PROMPTS, peft_config=adapter, teacher_processing_class=tokenizer(TEACHER),
