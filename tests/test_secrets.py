@@ -23,8 +23,8 @@ KEY, HUB, STUDENT_HUB, TEACHER_HUB = (
     "token-for-the-student",
     "token-for-the-teacher",
 )
-GATEWAY, PASSWORD = "gateway-key-0815", "pa55word/4711"
-SECRETS = (KEY, HUB, STUDENT_HUB, TEACHER_HUB, GATEWAY, PASSWORD, "4711")
+GATEWAY, PASSWORD = "gateway-key-0815", "pa55word/4711x4711"
+SECRETS = (KEY, HUB, STUDENT_HUB, TEACHER_HUB, GATEWAY, PASSWORD, "4711x4711")
 
 
 # ---- Reading ----
@@ -72,19 +72,19 @@ def test_what_is_shown_of_an_address(address, shown):
 @pytest.mark.parametrize(
     "address, message",
     [
-        ("http://me:pa55word/4711@host:1", "was given with a user or key in it"),
-        ("http://host:1?key=pa55word/4711", "'http://host:1' was given with a user or key in it"),
-        ("http://host:1/#pa55word/4711", "was given with a user or key in it"),
-        ("ftp://host/pa55word/4711", r"is 'ftp://host/\*\*\*': expected 'http://HOST:PORT'"),
-        ("me:pa55word/4711@host", "with a user or key"),
-        ("http://host:port/pa55word/4711", "expected 'http://HOST:PORT'"),
+        ("http://me:pa55word/4711x4711@host:1", "was given with a user or key in it"),
+        ("http://host:1?key=pa55word/4711x4711", "'http://host:1' was given with a user or key in it"),
+        ("http://host:1/#pa55word/4711x4711", "was given with a user or key in it"),
+        ("ftp://host/pa55word/4711x4711", r"is 'ftp://host/\*\*\*': expected 'http://HOST:PORT'"),
+        ("me:pa55word/4711x4711@host", "with a user or key"),
+        ("http://host:port/pa55word/4711x4711", "expected 'http://HOST:PORT'"),
         ("http://:80", "expected 'http://HOST:PORT'"),
     ],
 )
 def test_addresses_that_are_refused(address, message):
     with pytest.raises(ValueError, match=message) as error:
         read_address("teacher_url", address)
-    assert "4711" not in str(error.value) and "pa55" not in str(error.value)
+    assert "4711x4711" not in str(error.value) and "pa55" not in str(error.value)
 
 
 def test_addresses_inside_of_messages():
@@ -228,20 +228,20 @@ def test_a_server_that_echoes_the_key_in_a_run(tmp_path, gateway, everything):
             "teacher_url is .*://\\*\\*\\*@h.*expected a JSON",
         ),
         (
-            {"model_init_kwargs": json.dumps({"token": "two\nlines of 4711"})},
+            {"model_init_kwargs": json.dumps({"token": "two\nlines of 4711x4711"})},
             "token of model_init_kwargs has U.000A as character 4",
         ),
         ({"teacher_server_kwargs": json.dumps({"api_key": KEY})}, "names api_key, which checkpoints would keep"),
         ({"teacher_server_kwargs": json.dumps({"api_key": KEY}), "dry_run": True}, "The teacher is served at"),
-        ({"hub_tokenn": "of 4711"}, r"unrecognized arguments: --hub_tokenn \*\*\* \(did you mean --hub_token"),
-        ({"config": "hub_token: of 4711: x"}, r"is not YAML: .*hub_token: \*\*\*"),
-        ({"config": "hub_token: [of 4711]"}, r"hub_token is \*\*\*: expected one value"),
+        ({"hub_tokenn": "of 4711x4711"}, r"unrecognized arguments: --hub_tokenn \*\*\* \(did you mean --hub_token"),
+        ({"config": "hub_token: of 4711x4711: x"}, r"is not YAML: .*hub_token: \*\*\*"),
+        ({"config": "hub_token: [of 4711x4711]"}, r"hub_token is \*\*\*: expected one value"),
         (
-            {"config": 'model_init_kwargs: {token: "of 4711", when: 2020-01-01}'},
+            {"config": 'model_init_kwargs: {token: "of 4711x4711", when: 2020-01-01}'},
             "token': \\*\\*\\*: expected what JSON",
         ),
-        ({"hub_token": "two\nlines of 4711"}, "hub_token has U.000A as character 4"),
-        ({"teacher_url": "{url}/other-4711"}, r"answered 404: .*'Authorization: Bearer \*\*\*'"),
+        ({"hub_token": "two\nlines of 4711x4711"}, "hub_token has U.000A as character 4"),
+        ({"teacher_url": "{url}/other-4711x4711"}, r"answered 404: .*'Authorization: Bearer \*\*\*'"),
     ],
 )
 def test_a_command_that_ends_early_shows_no_secret(tmp_path, gateway, everything, options, message):
@@ -258,7 +258,7 @@ def test_a_command_that_ends_early_shows_no_secret(tmp_path, gateway, everything
 
 
 def test_a_key_that_is_refused_is_not_shown(tmp_path, gateway, everything, monkeypatch):
-    monkeypatch.setenv("SIMCT_TEACHER_API_KEY", "another-key-4711\n")
+    monkeypatch.setenv("SIMCT_TEACHER_API_KEY", "another-key-4711x4711\n")
     with serving(gateway) as url, pytest.raises(SystemExit):
         main(words(tmp_path / "run", url))
     found = everything()
