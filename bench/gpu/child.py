@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import faults, rows
 from .compilations import Compilations
-from .steps import STEPS, Item, Run
+from .steps import EXTRA, STEPS, Item, Run
 
 BROKEN = 70  # exit status: the device answers this process no more, the rest is for another one
 # Of the steps whose modules are not named like them.
@@ -24,7 +24,7 @@ MODULES = {"tests": "suite", "profile": "profiles", "bench": "losses", "step": "
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("step", choices=(*STEPS, "faults"))
+    parser.add_argument("step", choices=(*STEPS, *EXTRA, "faults"))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--progress", type=Path, required=True)  # one line for each item begun, and each ended
     parser.add_argument("--shard", default="0/1")  # which of how many processes of the step this is

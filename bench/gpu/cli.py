@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import rows, summary
-from .steps import SHARDS, STEPS, TOGETHER
+from .steps import EXTRA, SHARDS, STEPS, TOGETHER
 from .supervise import GRACE, Settings, run_step
 
 REHEARSAL_SECONDS = 180.0  # of a step
@@ -29,8 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rehearse", action="store_true", help="on the CPU at toy size, with faults on purpose")
     options = parser.parse_args(arguments)
     steps = [step for step in options.steps.split(",") if step]
-    if unknown := [step for step in steps if step not in STEPS]:
-        parser.error(f"--steps: {', '.join(unknown)} is none of {', '.join(STEPS)}")
+    if unknown := [step for step in steps if step not in STEPS | EXTRA]:
+        parser.error(f"--steps: {', '.join(unknown)} is none of {', '.join(STEPS | EXTRA)}")
     if options.rehearse:
         os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     folder = options.output or _folder(options.rehearse)
@@ -67,7 +67,7 @@ def _groups(steps: list[str]) -> list[list[str]]:
 
 
 def _weight(group: list[str]) -> int:
-    return max(STEPS[step] for step in group)
+    return max((STEPS | EXTRA)[step] for step in group)
 
 
 def _run(step: str, seconds: float, settings: Settings) -> None:

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..cases import Case, Problem
 from ..rivals import ours
-from .cases import headline, one_vocabulary
+from .cases import all_cases
 from .steps import Item, Run
 from .timing import peak_bytes, times
 
@@ -26,14 +26,17 @@ WAITS = (
 
 
 def items(run: Run) -> list[Item]:
-    cases = [headline(True)] if run.rehearse else [headline(False), one_vocabulary(False)]
+    cases = [case for case in all_cases(run.rehearse) if case.form in ("linear", "logits")]
     cases = [case for case in cases if run.chooses(case.name, run.cases)]
+    if run.rehearse:
+        cases = cases[:1]
     chunks = (8,) if run.rehearse else CHUNKS
     made = [Item(f"kernels, {case.name}", lambda case=case: kernels(run, case), 60.0) for case in cases]
     return made + [
         Item(f"chunk_rows {rows}, {case.name}", lambda case=case, rows=rows: chunk(run, case, rows), 40.0)
         for rows in chunks
         for case in cases
+        if case.form == "linear"
     ]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import rows
-from .steps import STEPS
+from .steps import EXTRA, STEPS
 
 TEXT, TABLE = "summary.txt", "results.csv"
 Row = dict
@@ -23,13 +23,13 @@ def write(folder: Path) -> str:
 
 def _lines(found: list[Row]) -> Iterator[str]:
     sections = {"device": _device, "oracle": _oracle, "tests": _tests, "memcheck": _memcheck, "profile": _profile}
-    for step, section in (sections | {"bench": _bench, "step": _step}).items():
+    for step, section in (sections | {"bench": _bench, "step": _step, "sweep": _sweep}).items():
         mine = [row for row in found if row["step"] == step]
         if mine:
             yield f"\n== {step}: {_outcome(mine)}"
             yield from section([row for row in mine if row.get("what")])
     yield "\n== steps"
-    for step in STEPS:
+    for step in STEPS | EXTRA:
         mine = [row for row in found if row["step"] == step]
         if mine:
             yield f"{step:8} {_outcome(mine)}"
@@ -166,3 +166,10 @@ def _step(mine: list[Row]) -> Iterator[str]:
     for case in dict.fromkeys(row["case"] for row in mine):
         phases = [row for row in mine if row["case"] == case and "median_ms" in row]
         yield f"{case}: " + ", ".join(f"{row['method']} {row['median_ms']:.1f} ms" for row in phases)
+
+
+def _sweep(mine: list[Row]) -> Iterator[str]:
+    for case, kernel in dict.fromkeys((row["case"], row["kernel"]) for row in mine if "kernel" in row):
+        yield f"{case}, {kernel}:"
+        for row in [row for row in mine if (row["case"], row.get("kernel")) == (case, kernel)]:
+            yield f"  {row['ms']:8.3f} ms  {row['tile']}" if "ms" in row else f"  {row['note'][:90]}  {row['tile']}"

@@ -93,10 +93,9 @@ def divergence(candidates: Candidates, options: LossOptions) -> Units:
     """The losses of all units, and what their gradient is made from."""
     student, teacher = candidates.student, candidates.teacher
     count, device = len(student.rows), student.rows.device
-    shape = tiles.tile("forward", device)
-    scattered = student.side.ids is not None or teacher.side.ids is not None
-    most = tiles.SCATTERED_TILES if scattered else tiles.TILES_EACH
-    splits, each = tiles.splits(count, candidates.size, shape, device, most)
+    scattered = teacher.side.ids is not None
+    shape = tiles.tile("forward_scattered" if scattered else "forward", device)
+    splits, each = tiles.splits(count, candidates.size, shape, device)
     mode, temperature, beta = mode_of(options.beta), 1 / options.temperature, float(options.beta)
     drops, continues = options.teacher_mass_floor is not None, candidates.continues is not False
     sums = options.temperature != 1 or candidates.left_out is not None
@@ -129,6 +128,7 @@ def divergence(candidates: Candidates, options: LossOptions) -> Units:
             BLOCK=shape.block,
             LANES=tiles.threads(shape, device),
             VECTOR=16 // max(student.side.values.element_size(), teacher.side.values.element_size()),
+            **shape.caching,
             num_warps=shape.warps,
         )
 

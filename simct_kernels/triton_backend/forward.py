@@ -63,6 +63,8 @@ def candidate_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,  # threads
     VECTOR: tl.constexpr,  # elements that one reads at a time
+    STREAM: tl.constexpr,  # the cache modifier of what is read once,
+    KEEP: tl.constexpr,  # and the eviction policy of the teacher's logits, whose sectors are read again
 ):
     """A few units' statistics over one split of the shared columns, without the continuation.
 
@@ -96,9 +98,9 @@ def candidate_kernel(
         student_inside, teacher_inside = index < student_bound, index < teacher_bound
         student_columns, teacher_columns = index, index
         if student_ids is not None:
-            student_columns = tl.load(student_ids + index, mask=student_inside, other=0)
+            student_columns = tl.load(student_ids + index, mask=student_inside, other=0, cache_modifier=STREAM)
         if teacher_ids is not None:
-            teacher_columns = tl.load(teacher_ids + index, mask=teacher_inside, other=0)
+            teacher_columns = tl.load(teacher_ids + index, mask=teacher_inside, other=0, cache_modifier=STREAM)
         s = load_logits(
             student,
             student_row_stride,
@@ -110,6 +112,7 @@ def candidate_kernel(
             student_columns,
             mask,
             student_inside,
+            STREAM,
         )
         t = load_logits(
             teacher,
@@ -122,6 +125,7 @@ def candidate_kernel(
             teacher_columns,
             mask,
             teacher_inside,
+            EVICT=KEEP,
         )
         keep = (index < size) & mask
         if SUMS:

@@ -52,17 +52,20 @@ def gradient_kernel(
     unit_count,  # G
     width,  # W
     size,  # K
+    splits,  # of the W columns
+    tiles_each,  # of a split
     inverse_temperature,
     beta,
     MODE: tl.constexpr,
     SUM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STREAM: tl.constexpr,  # see candidate_kernel
+    KEEP: tl.constexpr,
 ):
-    blocks = tl.cdiv(width, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside_rows, inside_columns = row < count, column < width
+    place, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    row = place.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside_rows = row < count
     unit = row
     if row_unit is not None:
         unit = tl.load(row_unit + row, mask=inside_rows, other=-1)
@@ -86,75 +89,82 @@ def gradient_kernel(
     if logsumexp is not None:
         whole = continued & (length > 1)
         by_logsumexp = tl.where(whole, tl.where(first, by_continuation, 0.0) - by_target, 0.0)
-
-    index, is_shared, teacher_inside = column, column < size, column < teacher_bound
-    if shared_index is not None:
-        index = tl.load(shared_index + column, mask=inside_columns, other=-1)
-        is_shared = index >= 0
-        teacher_inside = is_shared
-    chosen = first[:, None] & is_shared
+        normaliser = tl.load(logsumexp + row, mask=whole, other=0.0)
     read = first
     if logsumexp is not None:
         read = read | whole
     if tokens is not None and student_softcap is not None:
         read = read | continued  # its token's slope is wanted, also where the row is not read whole
-    z = load_logits(
-        student,
-        student_row_stride,
-        student_column_stride,
-        student_bias,
-        student_scale,
-        student_softcap,
-        row[:, None],
-        column,
-        read[:, None],
-        inside_columns,
-    )
     teacher_row = tl.load(teacher_rows + unit, mask=first, other=0)[:, None]
-    teacher_column = index
-    if teacher_ids is not None:
-        teacher_column = tl.load(teacher_ids + index, mask=teacher_inside, other=0)
-    t = load_logits(
-        teacher,
-        teacher_row_stride,
-        teacher_column_stride,
-        teacher_bias,
-        teacher_scale,
-        teacher_softcap,
-        teacher_row,
-        teacher_column,
-        first[:, None],
-        teacher_inside,
-    )
     if left_out is not None:
         listed = tl.load(left_out_rows + unit, mask=first, other=-1)[:, None]
-        left_out_inside = (listed >= 0) & (index < left_out_width) & (index >= 0)
-        chosen = chosen & (tl.load(left_out + listed * left_out_width + index, mask=left_out_inside, other=0) == 0)
-
     student_max = tl.load(state + unit_count + unit, mask=first, other=0.0)[:, None]
     student_log = tl.load(state + 2 * unit_count + unit, mask=first, other=0.0)[:, None]
     teacher_max = tl.load(state + 3 * unit_count + unit, mask=first, other=0.0)[:, None]
     teacher_log = tl.load(state + 4 * unit_count + unit, mask=first, other=0.0)[:, None]
     kl = tl.load(state + 5 * unit_count + unit, mask=first, other=0.0)[:, None]
-    log_q = z * inverse_temperature - student_max - student_log
-    log_p = t * inverse_temperature - teacher_max - teacher_log
-    gradient = tl.where(chosen, score_gradient(log_q, log_p, kl, beta, MODE) * inverse_temperature, 0.0)
-    if logsumexp is not None:
-        normaliser = tl.load(logsumexp + row, mask=whole, other=0.0)
-        softmax = exp(z - normaliser[:, None]) * by_logsumexp[:, None]
-        gradient += tl.where(by_logsumexp[:, None] == 0, 0.0, softmax)
-    if tokens is not None:
-        gradient += tl.where(column == token[:, None], by_target[:, None], 0.0)
-    if student_scale is not None:
-        gradient *= student_scale
-    if student_softcap is not None:
-        part = z * (1 / student_softcap)
-        gradient *= tl.where(
-            gradient == 0, 0.0, 1 - part * part
-        )  # an unshared logit is read for nothing, even if it is NaN
-    gradient = tl.where(live[:, None], gradient * weight[:, None], 0.0)
-    pointers = out + row[:, None] * out_row_stride + column
-    tl.store(pointers, gradient.to(out.dtype.element_ty), mask=inside_rows[:, None] & inside_columns)
+
+    begin = split * tiles_each * BLOCK
+    for start in range(begin, tl.minimum(begin + tiles_each * BLOCK, width), BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :]
+        inside_columns = column < width
+        index, is_shared, teacher_inside = column, column < size, column < teacher_bound
+        if shared_index is not None:
+            index = tl.load(shared_index + column, mask=inside_columns, other=-1, cache_modifier=STREAM)
+            is_shared = index >= 0
+            teacher_inside = is_shared
+        chosen = first[:, None] & is_shared
+        z = load_logits(
+            student,
+            student_row_stride,
+            student_column_stride,
+            student_bias,
+            student_scale,
+            student_softcap,
+            row[:, None],
+            column,
+            read[:, None],
+            inside_columns,
+            STREAM,
+        )
+        teacher_column = index
+        if teacher_ids is not None:
+            teacher_column = tl.load(teacher_ids + index, mask=teacher_inside, other=0, cache_modifier=STREAM)
+        t = load_logits(
+            teacher,
+            teacher_row_stride,
+            teacher_column_stride,
+            teacher_bias,
+            teacher_scale,
+            teacher_softcap,
+            teacher_row,
+            teacher_column,
+            first[:, None],
+            teacher_inside,
+            EVICT=KEEP,
+        )
+        if left_out is not None:
+            left_out_inside = (listed >= 0) & (index < left_out_width) & (index >= 0)
+            chosen = chosen & (tl.load(left_out + listed * left_out_width + index, mask=left_out_inside, other=0) == 0)
+
+        log_q = z * inverse_temperature - student_max - student_log
+        log_p = t * inverse_temperature - teacher_max - teacher_log
+        gradient = tl.where(chosen, score_gradient(log_q, log_p, kl, beta, MODE) * inverse_temperature, 0.0)
+        if logsumexp is not None:
+            softmax = exp(z - normaliser[:, None]) * by_logsumexp[:, None]
+            gradient += tl.where(by_logsumexp[:, None] == 0, 0.0, softmax)
+        if tokens is not None:
+            gradient += tl.where(column == token[:, None], by_target[:, None], 0.0)
+        if student_scale is not None:
+            gradient *= student_scale
+        if student_softcap is not None:
+            part = z * (1 / student_softcap)
+            gradient *= tl.where(
+                gradient == 0, 0.0, 1 - part * part
+            )  # an unshared logit is read for nothing, even if it is NaN
+        gradient = tl.where(live[:, None], gradient * weight[:, None], 0.0)
+        pointers = out + row[:, None] * out_row_stride + column
+        tl.store(pointers, gradient.to(out.dtype.element_ty), mask=inside_rows[:, None] & inside_columns)
 
 
 def write_gradient(
@@ -169,8 +179,10 @@ def write_gradient(
     weights = units.weighted(weights, torch.ones_like(units.losses))
     student, teacher = candidates.student, candidates.teacher
     own = None if candidates.continues is False or student.targets is not None else student.tokens
-    shape = tiles.tile("gradient", out.device)
-    gradient_kernel[(triton.cdiv(out.shape[0], shape.rows) * triton.cdiv(out.shape[1], shape.block),)](
+    scattered = teacher.side.ids is not None
+    shape = tiles.tile("gradient_scattered" if scattered else "gradient", out.device)
+    splits, each = tiles.splits(*out.shape, shape, out.device)
+    gradient_kernel[(triton.cdiv(out.shape[0], shape.rows) * splits,)](
         out,
         out.stride(0),
         *student.side.arguments(),
@@ -190,12 +202,13 @@ def write_gradient(
         candidates.left_out_rows,
         units.state,
         weights,
-        *(out.shape[0], units.state.shape[1], out.shape[1], candidates.size),
+        *(out.shape[0], units.state.shape[1], out.shape[1], candidates.size, splits, each),
         1 / options.temperature,
         float(options.beta),
         MODE=mode_of(options.beta),
         SUM=options.score == "sum_logprob",
         ROWS=shape.rows,
         BLOCK=shape.block,
+        **shape.caching,
         num_warps=shape.warps,
     )

@@ -26,12 +26,21 @@ class Tile:
     rows: int
     block: int
     warps: int
+    each: int = 1  # tiles that a program takes at most, one after the other
+    stream: str = ""  # the cache modifier of loads of what is read once,
+    keep: str = ""  # and the eviction policy of the logits that lie scattered, whose sectors are read again
+
+    @property
+    def caching(self) -> dict[str, str]:
+        return {"STREAM": self.stream, "KEEP": self.keep}
 
 
 _NVIDIA = {
-    "logsumexp": Tile(1, 4096, 8),
-    "forward": Tile(1, 2048, 4),
+    "logsumexp": Tile(1, 4096, 8, each=16),
+    "forward": Tile(1, 2048, 4, each=16),
+    "forward_scattered": Tile(1, 2048, 4),
     "gradient": Tile(1, 2048, 4),
+    "gradient_scattered": Tile(1, 2048, 4),
     "softmax": Tile(1, 2048, 8),
     "pick": Tile(16, 256, 4),
     "pick_one": Tile(1, 1024, 4),
@@ -39,9 +48,11 @@ _NVIDIA = {
     "small": Tile(1, 4096, 8),
 }
 _AMD = {
-    "logsumexp": Tile(1, 2048, 4),
-    "forward": Tile(1, 2048, 4),
+    "logsumexp": Tile(1, 2048, 4, each=16),
+    "forward": Tile(1, 2048, 4, each=16),
+    "forward_scattered": Tile(1, 2048, 4),
     "gradient": Tile(2, 1024, 4),
+    "gradient_scattered": Tile(2, 1024, 4),
     "softmax": Tile(1, 2048, 4),
     "pick": Tile(16, 256, 4),
     "pick_one": Tile(1, 1024, 2),
@@ -56,11 +67,8 @@ SPLITS = 16  # and splits that it reads at a time
 # Entries of one program's run of equal ids in an indexed product's weight gradient: longer runs are cut.
 SEGMENT = 128
 # Rows are split between programs until there are this many for each multiprocessor, some four times what it holds at once, so
-# that it makes little what the last of them leave idle; and at least so that none takes more tiles than this. Where shared
-# columns lie scattered, fewer: the rows that all programs read at once (two of 0.8 MB each) have to stay in the L2 cache.
+# that it makes little what the last of them leave idle; and at least so that none takes more tiles than its entry says.
 _PROGRAMS = 32
-TILES_EACH = 16
-SCATTERED_TILES = 1
 
 
 def tile(kernel: str, device: torch.device) -> Tile:
@@ -68,11 +76,11 @@ def tile(kernel: str, device: torch.device) -> Tile:
     return TILES[_architecture(device)][kernel]
 
 
-def splits(rows: int, columns: int, shape: Tile, device: torch.device, most: int = TILES_EACH) -> tuple[int, int]:
+def splits(rows: int, columns: int, shape: Tile, device: torch.device) -> tuple[int, int]:
     """Over how many programs each row is split, and how many tiles each of them takes."""
     tiles = triton.cdiv(columns, shape.block)
     wanted = _PROGRAMS * _multiprocessors(device) // triton.cdiv(rows, shape.rows)
-    each = min(most, triton.cdiv(tiles, max(1, min(wanted, tiles))))
+    each = min(shape.each, triton.cdiv(tiles, max(1, min(wanted, tiles))))
     return triton.cdiv(tiles, each), each
 
 

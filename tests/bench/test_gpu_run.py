@@ -10,7 +10,7 @@ import torch
 
 from bench.gpu import device, rows, summary, supervise
 from bench.gpu.pytest_outcomes import VARIABLE
-from bench.gpu.steps import STEPS, Run
+from bench.gpu.steps import EXTRA, STEPS, Run
 
 # Not on the machine that the run is written for.
 BLOCKER = """
@@ -169,12 +169,12 @@ def test_rehearsal(tmp_path):
     paths = f"{tmp_path}{os.pathsep}{rows.REPOSITORY}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment |= {"PYTHONPATH": paths, "OUT": str(tmp_path / "out")}
-    command = [sys.executable, "-m", "bench.gpu", "--rehearse"]
+    command = [sys.executable, "-m", "bench.gpu", "--rehearse", "--steps", ",".join(STEPS | EXTRA)]
     done = subprocess.run(command, cwd=rows.REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) < 12_000 and "what went wrong" in done.stdout
     found = rows.read(tmp_path / "out" / rows.NAME)
-    assert {row["step"]: row["status"] for row in found if not row["item"]} == dict.fromkeys(STEPS, "done")
+    assert {row["step"]: row["status"] for row in found if not row["item"]} == dict.fromkeys(STEPS | EXTRA, "done")
     bad = {row["item"]: row["status"] for row in found if row["item"] and row.get("status") not in ("ok", None)}
     assert bad == {
         "fault: hang": "timed out",
@@ -185,7 +185,7 @@ def test_rehearsal(tmp_path):
     judged = [row for row in found if row.get("what") == "error"]
     assert {row["backend"] for row in judged} == {"triton", "torch"} and all(row["passed"] for row in judged)
     measured = {row["what"] for row in found if "what" in row}
-    assert measured >= {"versions", "copy", "product", "tests", "memcheck", "profile", "chunk_rows", "loss", "phase"}
+    assert measured >= {"versions", "copy", "product", "tests", "memcheck", "profile", "chunk_rows", "loss", "phase", "tile"}
     [liger] = [row for row in found if row.get("method", "").startswith("Liger")]
     assert "not installed" in liger["note"]
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

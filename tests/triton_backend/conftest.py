@@ -81,9 +81,11 @@ def small_tiles(monkeypatch):
     from simct_kernels.triton_backend import tiles
 
     small = {
-        "logsumexp": tiles.Tile(1, 32, 4),
-        "forward": tiles.Tile(4, 32, 4),
+        "logsumexp": tiles.Tile(1, 32, 4, each=2),
+        "forward": tiles.Tile(4, 32, 4, each=2),
+        "forward_scattered": tiles.Tile(4, 32, 4, each=3),
         "gradient": tiles.Tile(4, 32, 4),
+        "gradient_scattered": tiles.Tile(4, 32, 4, each=2),
         "softmax": tiles.Tile(1, 32, 4),
         "pick": tiles.Tile(4, 16, 4),
         "pick_one": tiles.Tile(1, 16, 4),
