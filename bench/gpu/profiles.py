@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..cases import Case, Problem
 from ..rivals import ours
-from .cases import all_cases
+from .cases import all_cases, headline
 from .steps import Item, Run
 from .timing import peak_bytes, times
 
@@ -32,6 +32,8 @@ def items(run: Run) -> list[Item]:
         cases = cases[:1]
     chunks = (8,) if run.rehearse else CHUNKS
     made = [Item(f"kernels, {case.name}", lambda case=case: kernels(run, case), 60.0) for case in cases]
+    if run.chooses("headline, top_k=16", run.cases):
+        made.append(Item("kernels, headline, top_k=16", lambda: kernels(run, headline(run.rehearse), top_k=16), 60.0))
     return made + [
         Item(f"chunk_rows {rows}, {case.name}", lambda case=case, rows=rows: chunk(run, case, rows), 40.0)
         for rows in chunks
@@ -62,9 +64,10 @@ def chunk(run: Run, case: Case, rows: int | str) -> None:
     run.record(what="chunk_rows", case=case.name, chunk_rows=str(rows), scratch_bytes=scratch, **spans.row())
 
 
-def kernels(run: Run, case: Case) -> None:
+def kernels(run: Run, case: Case, **keywords) -> None:
     problem = Problem(case, torch.device(run.device))
-    step = _step(problem)
+    step = _step(problem, **keywords)
+    case = case.replace(name=", ".join([case.name, *(f"{name}={value}" for name, value in keywords.items())]))
     for _ in range(2):
         step()
     gpu = run.device == "cuda"

@@ -185,7 +185,18 @@ def test_rehearsal(tmp_path):
     judged = [row for row in found if row.get("what") == "error"]
     assert {row["backend"] for row in judged} == {"triton", "torch"} and all(row["passed"] for row in judged)
     measured = {row["what"] for row in found if "what" in row}
-    assert measured >= {"versions", "copy", "product", "tests", "memcheck", "profile", "chunk_rows", "loss", "phase", "tile"}
+    assert measured >= {
+        "versions",
+        "copy",
+        "product",
+        "tests",
+        "memcheck",
+        "profile",
+        "chunk_rows",
+        "loss",
+        "phase",
+        "tile",
+    }
     [liger] = [row for row in found if row.get("method", "").startswith("Liger")]
     assert "not installed" in liger["note"]
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
