@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--budget", type=float, default=BUDGET, help="seconds; what does not fit is left out (%(default)s)"
     )
+    parser.add_argument("--rounds", type=int, default=1, help="in which methods take turns (%(default)s)")
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is to be fetched
     device, console = options.device, Console(width=None if sys.stdout.isatty() else 160)
@@ -53,10 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
         share = Clock(clock.left() - sum(RESERVED[later] for later in chosen[number + 1 :]))
         if suite == "kernels":
             rows += _tried(console, "ceilings", lambda: run_ceilings(device, options.quick))
-            rows += run_tasks(suites.kernels(device, options.quick), device, share, console)
+            rows += run_tasks(suites.kernels(device, options.quick), device, share, console, options.rounds)
             rows += _micro(options.quick, share, console)
         elif suite == "memory":
-            rows += run_tasks(suites.memory(device, options.quick), device, share, console)
+            rows += run_tasks(suites.memory(device, options.quick), device, share, console, options.rounds)
         elif suite == "end2end":
             rows += _end2end(device, options.quick, share, console)
         else:

