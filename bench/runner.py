@@ -17,7 +17,6 @@ from .rivals import methods
 from .suites import Task
 from .workers import Failed, Worker
 
-
 NO_TIME = "left out: no time left"
 
 
