@@ -17,8 +17,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -77,6 +79,8 @@ class Launch:
                 kind, sixteenth = f"*{_TYPES[value.dtype]}", True  # an allocation; a view of one may do worse
             elif isinstance(value, float):
                 kind, sixteenth = "fp32", False
+            elif isinstance(value, int) and not parameter.is_constexpr and parameter.do_not_specialize:
+                kind, sixteenth = "i32", False
             elif isinstance(value, int) and not parameter.is_constexpr and value != 1:
                 kind, sixteenth = "i32", value % 16 == 0
             signature.append((parameter.name, kind))
@@ -126,10 +130,15 @@ class Usage:
     wide_loads: int  # of 16 bytes, in one thread's code
     tile_loads: int  # as many as its part of the tiles of logits takes, where they lie in order; else 0
     int64_offsets: bool
+    by_size: int  # how many of the same variant batches of other sizes have Triton compile
 
 
 def launches(arch: str, quick: bool = False) -> list[Launch]:
     """What the launchers ask for on one architecture. `quick`: the fullest variant of each kernel and mode."""
+    return _recorded(arch, _cases(quick))
+
+
+def _recorded(arch: str, runs: Iterable[Callable[[], None]]) -> list[Launch]:
     found: dict[Launch, None] = {}
 
     def record(kernel, *arguments, grid, warmup, **keywords):
@@ -137,9 +146,35 @@ def launches(arch: str, quick: bool = False) -> list[Launch]:
 
     known = int(arch) if arch.isdigit() else arch
     with mock.patch.object(JITFunction, "run", record), mock.patch.object(tiles, "_architecture", lambda device: known):
-        for run in _cases(quick):
+        for run in runs:
             run()
     return list(found)
+
+
+def compiled_by_size(arch: str) -> dict[str, int]:
+    """By kernel, the most specialisations of one variant that batches of two sizes ask for: every batch of a training has another
+    number of rows, and each compilation makes a step wait for half a second."""
+    options = {"candidates": "disjoint", "teacher_mass_floor": 0.1, "beta": 0.5}
+    runs = [
+        partial(call, repeats) for repeats in (4, 16) for call in (_logits_of, partial(_linear_of, options=options))
+    ]
+    several = Counter((launch.kernel.__name__, launch.describe()) for launch in _recorded(arch, runs))
+    most: Counter[str] = Counter()
+    for (kernel, _), count in several.items():
+        most[kernel] = max(most[kernel], count)
+    return most
+
+
+def _logits_of(repeats: int) -> None:
+    units, shared = _problem(repeats=repeats)
+    student = torch.zeros(len(units.student_tokens), _WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    teacher = torch.zeros(len(units.teacher_tokens), _WIDTH, dtype=torch.bfloat16)
+    simct_loss(student, teacher, units, shared, LossOptions(), summed=True)[0].backward()
+
+
+def _linear_of(repeats: int, options: dict) -> None:
+    for more in (options, {"top_k": 2}):
+        _call_linear(True, more, repeats)
 
 
 def _cases(quick: bool) -> Iterator:
@@ -177,14 +212,14 @@ def _cases(quick: bool) -> Iterator:
 _WIDTH, _SIZE = 256_000, 97_675
 
 
-def _problem(one_vocabulary: bool = False) -> tuple[AlignedUnits, SharedVocabulary]:
+def _problem(one_vocabulary: bool = False, repeats: int = 4) -> tuple[AlignedUnits, SharedVocabulary]:
     """Units of all kinds; ids in disorder unless the vocabularies are one."""
     if one_vocabulary:
         shared = SharedVocabulary(torch.arange(_WIDTH), torch.arange(_WIDTH))
     else:
         shared = SharedVocabulary(torch.arange(1, _SIZE + 1), torch.arange(_SIZE).flip(0))
-    length = torch.tensor([1, 1, 2, 1, 2] * 4)
-    other = torch.tensor([1, 1, 1, 2, 2] * 4)
+    length = torch.tensor([1, 1, 2, 1, 2] * repeats)
+    other = torch.tensor([1, 1, 1, 2, 2] * repeats)
     tokens = torch.ones(int(length.sum()), dtype=torch.int64), torch.full((int(other.sum()),), _SIZE - 1)
     tokens[0][0], tokens[1][0] = shared.student_ids[0], shared.teacher_ids[0]
     left_out = torch.stack([torch.arange(len(length)), torch.zeros_like(length)], 1)
@@ -219,8 +254,8 @@ def _run_linear(full_head: bool, gradient_dtype: torch.dtype, **options) -> None
         combine.combine(sums.to(gradient_dtype), each, sums, index, scale, 0, 0, _SIZE)
 
 
-def _call_linear(full_head: bool, options: dict) -> None:
-    units, shared = _problem()
+def _call_linear(full_head: bool, options: dict, repeats: int = 4) -> None:
+    units, shared = _problem(repeats=repeats)
     hidden = torch.zeros(len(units.student_tokens), 16, requires_grad=True)
     teacher = torch.zeros(len(units.teacher_tokens), 16)
     arguments = hidden, _head(full_head), teacher, _head(full_head), units, shared, LossOptions(**options)
@@ -249,7 +284,7 @@ def _run_small(size: int, needs_grad: bool, **options) -> None:
     small.divergence(torch.zeros(3, size), torch.zeros(3, size), LossOptions(**options), needs_grad)
 
 
-def usage(launch: Launch, arch: str) -> Usage:
+def usage(launch: Launch, arch: str, by_size: dict[str, int]) -> Usage:
     compiled = launch.compile(TARGETS[arch])
     assembly = compiled.asm["amdgcn" if TARGETS[arch].backend == "hip" else "ptx"]
     read = _read_amd if TARGETS[arch].backend == "hip" else _read_nvidia
@@ -274,6 +309,7 @@ def usage(launch: Launch, arch: str) -> Usage:
         loads.count(16),
         _tile_loads(launch, TARGETS[arch].warp_size),
         narrow is None,
+        by_size.get(name, 0),
     )
 
 
@@ -330,7 +366,12 @@ def _read_amd(compiled, warps: int) -> tuple[int, int, int]:
 
 
 def measure(archs: list[str], quick: bool = False) -> list[Usage]:
-    return [usage(launch, arch) for arch in archs for launch in launches(arch, quick)]
+    return [
+        usage(launch, arch, by_size)
+        for arch in archs
+        for by_size in [compiled_by_size(arch)]
+        for launch in launches(arch, quick)
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:

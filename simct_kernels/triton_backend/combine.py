@@ -16,7 +16,7 @@ from torch import Tensor
 _ROWS, _BLOCK, _WARPS = 16, 256, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "low", "count"])
 def combine_kernel(
     out,  # [R, H], contiguous
     whole,  # float32 [R, H], contiguous; None: 0

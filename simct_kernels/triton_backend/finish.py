@@ -26,7 +26,7 @@ from simct_kernels.triton_backend.scores import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["student_count", "student_splits", "teacher_count", "teacher_splits", "count", "splits"])
 def finish_kernel(
     state,  # float32 [10, G]: see candidates.Units
     partial,  # float32 [5 or 10, splits, G], of candidate_kernel
@@ -207,7 +207,7 @@ def _add_sums(m, total, kept, place, field, mask, KEPT: tl.constexpr):
     return m, total, kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "splits"])
 def mixture_kernel(
     state,  # float32 [10, G], of finish_kernel
     partial,  # float32 [2, splits, G], of candidate_kernel's second pass

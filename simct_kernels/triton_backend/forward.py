@@ -26,7 +26,7 @@ from simct_kernels.triton_backend.scores import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "splits"])
 def candidate_kernel(
     out,  # float32 [5 or 10, splits, G]
     student,  # [N_s, W_s], and so on: see Side

@@ -17,7 +17,7 @@ from simct_kernels.triton_backend.candidates import Candidates, Units, mode_of
 from simct_kernels.triton_backend.scores import exp, load_logits, score_gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "unit_count"])
 def gradient_kernel(
     out,  # [N, W], contiguous columns; may be `student` itself
     out_row_stride,

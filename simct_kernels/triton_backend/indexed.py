@@ -86,7 +86,7 @@ def hidden_gradient_kernel(
     tl.store(pointers, tl.load(pointers, mask=within, other=0.0) + tl.sum(total, 0), mask=within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def weight_gradient_kernel(
     out,  # float32 [V, H], contiguous
     partial,  # float32 [2 * segments, H]
@@ -136,7 +136,7 @@ def weight_gradient_kernel(
             tl.store(partial + slot.to(tl.int64) * width + column, value, mask=within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def join_kernel(
     out,  # float32 [V, H], contiguous
     partial,  # float32 [2 * segments, H], of weight_gradient_kernel

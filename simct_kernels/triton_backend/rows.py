@@ -11,7 +11,7 @@ from simct_kernels.triton_backend import tiles
 from simct_kernels.triton_backend.scores import Side, add_exps, gather_sums, load_logits, log_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "splits"])
 def logsumexp_kernel(
     out,  # float32 [splits, N]
     values,  # [N, W], and so on: see Side

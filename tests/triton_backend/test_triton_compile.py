@@ -57,3 +57,11 @@ def test_contiguous_sides_are_read_16_bytes_at_a_time(report):
 
 def test_offsets_are_64_bits_wide(report):
     assert all(kernel["int64_offsets"] for kernel in report[1])
+
+
+def test_a_batch_of_another_size_compiles_nothing_anew(report):
+    """Numbers of rows and units are no part of what Triton compiles for: neither 1 nor a multiple of 16 among them."""
+    found = {kernel["kernel"]: kernel["by_size"] for kernel in report[1]}
+    asked = {name for name, count in found.items() if count}
+    assert asked >= WIDE - {"softmax_kernel", "combine_kernel"} | {"finish_kernel", "mixture_kernel"}
+    assert {name: count for name, count in found.items() if count > 1} == {}
