@@ -36,6 +36,27 @@ FIRST_PAIR = (
 
 def demo(device_type: str, steps: int, responses: int, new_tokens: int) -> list[Row]:
     """Steps of the demo's pair; the first one, which warms up, is left out if there are more."""
+    logs = demo_logs(device_type, steps, responses, new_tokens)[1 if steps > 1 else 0 :]
+    # As many as the rollout made: the other rates are of the same tokens.
+    tokens = [responses * log["response/length"] for log in logs]
+    phases = seconds_by_phase(logs)
+    phases["step"] = [sum(values) for values in zip(*phases.values(), strict=True)]
+    peak = int(1e9 * max(log["peak_memory_gb"] for log in logs))  # of the process
+    return _rows(demo_name(responses, new_tokens), phases, tokens, device_type, {"dtype": "float32"}, peak)
+
+
+def demo_name(responses: int, new_tokens: int) -> str:
+    return f"demo, {responses} responses of at most {new_tokens} tokens"
+
+
+def seconds_by_phase(logs: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Of each log, 0 where a phase did not occur."""
+    names = list(dict.fromkeys(key for log in logs for key in log if key.startswith("seconds/")))
+    return {name.removeprefix("seconds/"): [log.get(name, 0.0) for log in logs] for name in names}
+
+
+def demo_logs(device_type: str, steps: int, responses: int, new_tokens: int, callbacks=()) -> list[dict[str, float]]:
+    """What a training of the demo's pair logs, one entry a step."""
     from transformers import PrinterCallback
     from transformers.utils import logging
 
@@ -57,21 +78,17 @@ def demo(device_type: str, steps: int, responses: int, new_tokens: int) -> list[
             save_strategy="no",
             report_to="none",
             use_cpu=device_type == "cpu",
+            bf16=False,
+            gradient_checkpointing=False,
             disable_tqdm=True,
         )
         prompts = read_prompts(ASSETS / "train.jsonl")
-        trainer = SimCTTrainer(str(ASSETS / "student"), str(ASSETS / "teacher"), config, prompts)
+        trainer = SimCTTrainer(
+            str(ASSETS / "student"), str(ASSETS / "teacher"), config, prompts, callbacks=list(callbacks)
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    logs = [log for log in trainer.state.log_history if "loss" in log][1 if steps > 1 else 0 :]
-    names = list(dict.fromkeys(key for log in logs for key in log if key.startswith("seconds/")))
-    # As many as the rollout made: the other rates are of the same tokens.
-    tokens = [responses * log["response/length"] for log in logs]
-    phases = {name.removeprefix("seconds/"): [log.get(name, 0.0) for log in logs] for name in names}
-    phases["step"] = [sum(log.get(name, 0.0) for name in names) for log in logs]
-    peak = int(1e9 * max(log["peak_memory_gb"] for log in logs))  # of the process
-    name = f"demo, {responses} responses of at most {new_tokens} tokens"
-    return _rows(name, phases, tokens, device_type, {"dtype": "float32"}, peak)
+    return [log for log in trainer.state.log_history if "loss" in log]
 
 
 def random_weights(

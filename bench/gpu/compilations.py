@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -12,16 +13,19 @@ class Compilations:
 
     kernels: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+    before: Callable | None = None  # who listened till now, and still does
 
     def __post_init__(self) -> None:
         try:
             from triton import knobs
 
-            knobs.compilation.listener = self._note
+            self.before, knobs.compilation.listener = knobs.compilation.listener, self._note
         except (ImportError, AttributeError):  # nothing is counted then
             pass
 
     def _note(self, *, src, metadata, metadata_group, times, cache_hit: bool) -> None:
+        if self.before is not None:
+            self.before(src=src, metadata=metadata, metadata_group=metadata_group, times=times, cache_hit=cache_hit)
         if not cache_hit:
             self.kernels[getattr(src, "name", "?")] += 1
             self.seconds += times.total / 1e6

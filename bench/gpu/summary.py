@@ -163,9 +163,33 @@ def _bench(mine: list[Row]) -> Iterator[str]:
 
 
 def _step(mine: list[Row]) -> Iterator[str]:
-    for case in dict.fromkeys(row["case"] for row in mine):
-        phases = [row for row in mine if row["case"] == case and "median_ms" in row]
-        yield f"{case}: " + ", ".join(f"{row['method']} {row['median_ms']:.1f} ms" for row in phases)
+    for case in dict.fromkeys(row["case"] for row in mine if "case" in row):
+        rows_of = [row for row in mine if row.get("case") == case]
+        phases = [row for row in rows_of if "median_ms" in row]
+        yield f"{case}: " + ", ".join(_span(row) for row in phases)
+        for row in rows_of:
+            if row["what"] == "one step":
+                yield _one_step(row)
+            elif row["what"] == "seen":
+                yield f"  {row['note']}"
+
+
+def _span(row: Row) -> str:
+    mean = f"mean {row['mean_ms']:.1f}, median " if "mean_ms" in row else ""
+    return f"{row['method']} {mean}{row['median_ms']:.1f} ms"
+
+
+def _one_step(row: Row) -> str:
+    """Its phases, the longest first, and what else there was of it."""
+    spans = {key.removesuffix("_ms"): value for key, value in row.items() if key.endswith("_ms") and key != "wall_ms"}
+    longest = sorted((name for name in spans if spans[name] >= 1), key=lambda name: -spans[name])
+    text = f"  step {row['number']}, {row['wall_ms']:.0f} ms: " + ", ".join(f"{n} {spans[n]:.0f}" for n in longest)
+    asked = [f"{value} {name}" for name, value in row.items() if name.startswith("num_") and value]
+    if "compiled" in row:
+        asked.append(
+            f"{row['compiled']} kernels compiled in {row['compile_seconds']:.1f} s ({row['compiled_kernels']})"
+        )
+    return "; ".join([text, *asked])
 
 
 def _sweep(mine: list[Row]) -> Iterator[str]:

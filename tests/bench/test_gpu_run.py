@@ -1,14 +1,17 @@
 """`python -m bench.gpu`: whatever an item does, the others report. The whole rehearsal is slow."""
 
+import csv
 import os
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench.gpu import device, rows, summary, supervise
+from bench.gpu import device, rows, summary, supervise, train
+from bench.gpu.compilations import Compilations
 from bench.gpu.pytest_outcomes import VARIABLE
 from bench.gpu.steps import EXTRA, STEPS, Run
 
@@ -109,6 +112,40 @@ def test_half_a_line_is_passed_over(tmp_path):
     assert rows.read(path) == [{"a": "nan", "time": 1.7e9 + 0.25}]
 
 
+def test_all_who_listen_hear_of_a_compilation(monkeypatch):
+    """The process's own count goes on while one step's kernels are counted."""
+    knobs = pytest.importorskip("triton").knobs
+    monkeypatch.setattr(knobs.compilation, "listener", None)
+    outer = Compilations()
+    inner = Compilations()
+    for hit in (False, True):
+        knobs.compilation.listener(
+            src=SimpleNamespace(name="kernel"), metadata={}, metadata_group={}, times=SimpleNamespace(total=5e5), cache_hit=hit
+        )  # fmt: skip
+    assert inner.take() == outer.take() == {"compiled": 1, "compile_seconds": 0.5, "compiled_kernels": "1 kernel"}
+    assert inner.take() == {}
+
+
+def test_a_step_is_told_by_its_phases_and_what_was_in_it(tmp_path):
+    run = Run("step", tmp_path, "cpu", 0.0)
+    for seconds, compiled in (
+        (0.5, {}),
+        (1.9, {"compiled": 2, "compile_seconds": 1.25, "compiled_kernels": "2 finish"}),
+    ):
+        spans = {"wall_ms": 1e3 * seconds + 9, "loss_ms": 1e3 * seconds, "align_ms": 0.4}
+        run.record(
+            what="one step", case="demo", number=len(compiled), num_device_alloc=len(compiled), **spans, **compiled
+        )
+    train.record(run, "demo", "loss", [0.5, 0.5, 1.9])
+    run.record(what="seen", case="demo", note="12 waits at simct/x.py:1")
+    text = summary.write(tmp_path)
+    assert "demo: loss mean 966.7, median 500.0 ms" in text, "a median passes over the step that compiled"
+    assert "step 0, 509 ms: loss 500\n" in text and "12 waits at simct/x.py:1" in text
+    assert "loss 1900; 3 num_device_alloc; 2 kernels compiled in 1.2 s (2 finish)" in text
+    with (tmp_path / summary.TABLE).open(newline="") as file:
+        assert [row["mean_ms"] for row in csv.DictReader(file)] == ["", "", "966.667", ""]
+
+
 def test_a_compilers_error_gives_its_reason():
     try:
         try:
@@ -197,6 +234,10 @@ def test_rehearsal(tmp_path):
         "phase",
         "tile",
     }
+    assert measured >= {"one step", "seen"}
+    steps = [row for row in found if row.get("what") == "one step"]
+    assert [row["number"] for row in steps] == [1, 2, 3, 4, 5] and all(row["rollout_ms"] > 0 for row in steps)
+    assert any("simct/training/trainer.py" in row["note"] for row in found if row.get("what") == "seen")
     [liger] = [row for row in found if row.get("method", "").startswith("Liger")]
     assert "not installed" in liger["note"]
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
