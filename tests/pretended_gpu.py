@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -100,6 +101,26 @@ class PretendedGPU(TorchDispatchMode):
         return sum(size for _, size in self._live.values())
 
 
+class Event:
+    """Of the device's stream, which never reaches it before the host waits."""
+
+    def __init__(self, gpu: PretendedGPU) -> None:
+        self.gpu, self.done, self.at = gpu, False, 0.0
+
+    def record(self, _) -> None:
+        self.at = time.perf_counter()
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        self.done = True
+        self.gpu.waits.append("synchronize")
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1e3 * (end.at - self.at)
+
+
 class Attention(TorchFunctionMode):
     """SDPA asks the device for its kernel: here it is the flash one, or with a mask the memory-efficient one."""
 
@@ -139,6 +160,8 @@ def pretended_gpu(config: type, memory: int = 80 * 10**9) -> Iterator[PretendedG
         "_lazy_init": lambda: None,
         "is_bf16_supported": lambda *_, **__: True,
         "synchronize": lambda *_: gpu.waits.append("synchronize"),
+        "Event": lambda **_: Event(gpu),
+        "current_stream": lambda *_: None,
         "empty_cache": lambda: None,
         "device_of": lambda _: nullcontext(),
         "get_device_capability": lambda *_: (9, 0),

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -44,13 +44,19 @@ class Ratios:
 
 
 class PhaseTimer:
-    """Seconds spent in named phases. A phase inside another is taken out of the outer one, so that phases add up."""
+    """Seconds spent in named phases. A phase inside another is taken out of the outer one, so that phases add up.
+
+    On a GPU they are the device's own seconds: a phase ends when the device has done what was asked of it, and the host goes on
+    meanwhile. Only `flush` waits.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds: dict[str, float] = defaultdict(float)
+        self._seconds: dict[str, float] = defaultdict(float)
         self._open: list[str] = []
-        self._since = 0.0
+        self._last: torch.cuda.Event | float | None = None  # of the last switch
+        # Spans whose end the device may not have reached: phase, begin, end.
+        self._spans: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -63,16 +69,36 @@ class PhaseTimer:
             self._open.pop()
 
     def _switch(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # kernels run behind: without this their time lands in a later phase
-        now = time.perf_counter()
+        now = self._now()
         if self._open:
-            self.seconds[self._open[-1]] += now - self._since
-        self._since = now
+            if self.device.type == "cuda":
+                self._spans.append((self._open[-1], self._last, now))
+            else:
+                self._seconds[self._open[-1]] += now - self._last
+        self._last = now
+        while self._spans and self._spans[0][2].query():
+            self._close_first()
+
+    def _now(self) -> "torch.cuda.Event | float":
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _close_first(self) -> None:
+        name, begin, end = self._spans.popleft()
+        self._seconds[name] += begin.elapsed_time(end) / 1e3
 
     def flush(self) -> dict[str, float]:
-        seconds = dict(self.seconds)
-        self.seconds.clear()
+        """Seconds by phase since the last flush. A GPU has then done all that it was asked for till now."""
+        self._switch()
+        if self.device.type == "cuda":
+            self._last.synchronize()
+        while self._spans:
+            self._close_first()
+        seconds = dict(self._seconds)
+        self._seconds.clear()
         return seconds
 
 

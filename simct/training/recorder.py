@@ -48,8 +48,8 @@ class Recorder:
 
     def start_window(self, step: int) -> None:
         """Forgets the seconds since the last window: what happened in between is no part of a training step."""
+        self.phase.flush()  # first: it waits for a GPU
         self._step, self._since = step, time.perf_counter()
-        self.phase.flush()
 
     def close_window(self, step: int) -> None:
         """Seconds of each phase per optimiser step; tokens per second are those of one process."""

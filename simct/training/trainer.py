@@ -11,6 +11,7 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from simct.pairing.pair import TokenizerPair
 from simct.rollouts.engines import build_engine
 from simct.rollouts.protocol import Response, Sampling
 from simct.teachers.loading import Teacher, load_teachers
+from simct.teachers.local import LocalTeacher
 from simct.training import checks
 from simct.training.callbacks import AroundSteps
 from simct.training.checkpoints import Checkpoints
@@ -270,14 +272,17 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
             own = [part for part in parts if part.teacher == name]
             if not own:
                 continue
+            # A GPU works on its own once it has been told all: a thread of Python beside would keep the host from telling it.
+            behind = self.args.device.type != "cpu" and isinstance(scorer.teacher, LocalTeacher)
             with self.phase("teacher"), scorer.teacher.on_device():
                 for part in own:
-                    alignment = self._aligner.submit(self._align, part, scorer.pair, draws)
+                    align = partial(self._align, part, scorer.pair, draws)
+                    alignment = None if behind else self._aligner.submit(align)
                     part.teacher_rows = scorer.teacher.rows(
                         part.samples.teacher_prompts, part.samples.teacher_responses
                     )
-                    with self.phase("align"):  # what is left to wait for
-                        part.alignment = alignment.result()
+                    with self.phase("align"):  # what takes longer than the teacher
+                        part.alignment = align() if alignment is None else alignment.result()
 
     def _align(self, part: MicroBatch, pair: TokenizerPair, draws: torch.Generator):
         disjoint = self.args.candidates == "disjoint"
