@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from kernels.cases import slow
+from packages import needs_continuous_batching
 from same_samples import greedy_shortfall
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,6 +78,7 @@ def test_the_phases_are_in_the_log(plain):
         assert all(row[f"seconds/{phase}"] >= 0 for row in log), phase
 
 
+@needs_continuous_batching
 def test_a_kept_cache_serves_every_step(tmp_path, monkeypatch):
     """With the weights of each step: a response is the greedy one of the student that the step has. Paged attention does not know
     Gemma-2's soft cap on scores."""

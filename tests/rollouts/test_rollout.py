@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from packages import needs_continuous_batching
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from simct.data.prompts import render_prompt
@@ -12,7 +13,7 @@ from simct.rollouts.protocol import Response, Sampling
 from simct.rollouts.transformers_engines import ContinuousBatching, StaticBatching, make_engine
 from simct.rollouts.vllm_requests import to_response
 
-CONTINUOUS = pytest.param("continuous")
+CONTINUOUS = pytest.param("continuous", marks=needs_continuous_batching)
 PROMPTS = ["The", "Return the", "This method is called", "If the", "A list of names that"]
 
 
@@ -35,6 +36,7 @@ def test_one_seed_gives_one_sample(engine, demo_student, demo_tokenizers, prompt
     assert len(first) == len(prompts)
 
 
+@needs_continuous_batching
 def test_engines_agree_on_greedy_responses(demo_student, demo_tokenizers, prompts):
     settings = sampling(demo_tokenizers[0], temperature=0.0)
     static = StaticBatching(demo_student, batch_size=2).generate(prompts, settings, seed=0)
@@ -85,11 +87,13 @@ def test_the_models_own_sampling_defaults_are_not_used(engine, demo_student, dem
     assert demo_student.generation_config is own
 
 
+@needs_continuous_batching
 def test_a_soft_cap_that_is_left_out_is_said(demo_student):
     with pytest.warns(UserWarning, match=r"without its attention soft cap \(50\)"):
         make_engine(demo_student, "continuous")
 
 
+@needs_continuous_batching
 @pytest.mark.parametrize(
     ("dtype", "flash", "cap", "expected"),
     [
@@ -128,6 +132,7 @@ def test_a_model_that_continuous_batching_cannot_serve_is_refused():
     assert isinstance(make_engine(model, "auto"), StaticBatching)
 
 
+@needs_continuous_batching
 def test_a_kept_cache_changes_no_sample(demo_student, demo_tokenizers, prompts):
     """The manager stays from call to call, whatever the seed, the settings and the weights of the next one."""
     fresh = copy.deepcopy(demo_student)  # a kept manager hangs on its model
@@ -151,6 +156,7 @@ def test_a_kept_cache_changes_no_sample(demo_student, demo_tokenizers, prompts):
         demo_student.destroy_cached_continuous_batching_manager()
 
 
+@needs_continuous_batching
 def test_too_small_a_cache_is_named(demo_student, demo_tokenizers, prompts):
     with pytest.raises(ValueError, match="kv_cache_gb is 1e-06: expected room for two pages of 64 tokens"):
         ContinuousBatching(demo_student, kv_cache_gb=1e-6).generate(prompts, sampling(demo_tokenizers[0]), seed=0)
@@ -191,7 +197,11 @@ def test_an_unknown_engine_is_named(demo_student):
 
 @pytest.mark.parametrize(
     ("engine", "drawn"),
-    [("static", {"temperature": 0.6, "top_p": 0.9}), ("continuous", {}), ("continuous", {"temperature": 0.0})],
+    [
+        ("static", {"temperature": 0.6, "top_p": 0.9}),
+        pytest.param("continuous", {}, marks=needs_continuous_batching),
+        pytest.param("continuous", {"temperature": 0.0}, marks=needs_continuous_batching),
+    ],
 )
 def test_logits_that_are_no_numbers_are_not_sampled_from(engine, drawn, demo_student, demo_tokenizers, prompts):
     engine = make_engine(demo_student, engine)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
+from packages import needs_continuous_batching
 from pretended_gpu import CUDA
 from test_trainer import PROMPTS, STUDENT, TEACHER, config
 from tiny import tiny_model, tokenizer
@@ -154,6 +155,7 @@ def test_an_evaluation_fetches_an_offloaded_teacher_once(tmp_path, monkeypatch):
     assert entered == [trainer.teacher]
 
 
+@needs_continuous_batching
 @pytest.mark.parametrize("copied", [False, True])
 def test_the_cache_of_keys_and_values_is_free_while_teacher_and_student_run(tmp_path, monkeypatch, copied):
     """It is sized by kv_cache_gb, and no part of what the dry run counts for those phases. On a CPU: the engine is a real one."""

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from packages import needs_continuous_batching
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, TrainerCallback
 
 from simct import SimCTConfig, SimCTTrainer
@@ -13,7 +14,7 @@ from simct.training.recorder import Recorder
 from simct_kernels import token_statistics
 
 STUDENT, TEACHER = str(ASSETS / "student"), str(ASSETS / "teacher")
-CONTINUOUS = pytest.param("continuous")
+CONTINUOUS = pytest.param("continuous", marks=needs_continuous_batching)
 PROMPTS = read_prompts(ASSETS / "train.jsonl")[:32]
 HELD_OUT = read_prompts(ASSETS / "eval.jsonl")[:24]
 
