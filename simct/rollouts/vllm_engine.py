@@ -103,7 +103,8 @@ class ColocatedVLLM:
                     **engine_arguments,
                 )
             except (ValueError, RuntimeError, OSError) as error:
-                raise ValueError(f"vLLM cannot serve {os.fspath(model)!r}: {error}") from error
+                hint = " (max_model_len is not given: the model's whole context is)" if max_model_len is None else ""
+                raise ValueError(f"vLLM cannot serve {os.fspath(model)!r}{hint}: {error}") from error
         config = self.llm.llm_engine.model_config
         self.max_model_len, self.vocab_size = config.max_model_len, config.get_vocab_size()
         self.dtype, self.max_logprob_gap = str(config.dtype), max_logprob_gap

@@ -53,10 +53,12 @@ def check_prompts(
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompts[{i}] is empty: expected at least one token id")
-        if len(prompt) + sampling.max_new_tokens > max_model_len:
+        needed = len(prompt) + sampling.max_new_tokens
+        if needed > max_model_len:
             raise ValueError(
-                f"prompts[{i}] has {len(prompt)} tokens, with max_new_tokens {sampling.max_new_tokens} that is "
-                f"{len(prompt) + sampling.max_new_tokens}: expected at most vLLM's max_model_len, {max_model_len}"
+                f"prompts[{i}] has {len(prompt)} tokens, with max_new_tokens {sampling.max_new_tokens} that is {needed}: expected "
+                f"at most vLLM's max_model_len, {max_model_len} (in this process that of the longest prompt of the data; "
+                f"vllm_kwargs={{'max_model_len': {needed}}} or a server's --max-model-len makes room)"
             )
         if min(prompt) < 0 or (vocab_size is not None and max(prompt) >= vocab_size):
             wrong = next(t for t in prompt if t < 0 or t >= (vocab_size or t + 1))

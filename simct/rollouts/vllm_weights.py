@@ -5,6 +5,7 @@ A few greedy tokens after each change do: their log-probabilities must be the st
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ def check_weights(generate: Generate, model: PreTrainedModel, dtype: str, gap: f
     theirs = [response.logprobs for response in responses]
     if any(values is None for values in theirs):
         raise RuntimeError(f"{where} gives no log-probabilities of its samples: its weights cannot be compared")
-    own = _own_logprobs(model, prompts, [response.token_ids for response in responses])
+    own = _own_logprobs(model, prompts, [response.token_ids for response in responses], dtype)
     apart = (torch.tensor([v for values in theirs for v in values]) - own).abs().mean().item()
     if not apart <= allowed:
         raise RuntimeError(
@@ -48,7 +49,9 @@ def check_weights(generate: Generate, model: PreTrainedModel, dtype: str, gap: f
 
 
 @torch.no_grad()
-def _own_logprobs(model: nn.Module, prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
+def _own_logprobs(
+    model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]], dtype: str
+) -> torch.Tensor:
     """float32 [all response tokens]. Rows filled up behind their ends, to one shape on every process: nothing before sees them."""
     device = next(model.parameters()).device
     ids = torch.zeros(len(prompts), PROMPT_TOKENS + NEW_TOKENS, dtype=torch.int64)
@@ -56,8 +59,13 @@ def _own_logprobs(model: nn.Module, prompts: list[list[int]], responses: list[li
         ids[row, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
     training = model.training
     model.eval()
+    # Flash attention takes 16 bits only. Once training has begun, the model's own forward sees to that.
+    flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
+    low = getattr(torch, dtype.removeprefix("torch."), None) if flash else None
+    cast = low is not None and low.itemsize == 2 and next(model.parameters()).dtype == torch.float32
     try:
-        logits = model(input_ids=ids.to(device), use_cache=False).logits
+        with torch.autocast(device.type, low) if cast else nullcontext():
+            logits = model(input_ids=ids.to(device), use_cache=False).logits
     finally:
         model.train(training)
     values = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None].to(device)).squeeze(2).cpu()

@@ -6,6 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from simct.data.prompts import render_prompt
 from simct.rollouts import vllm_engine
@@ -226,3 +229,41 @@ def test_processes_that_share_an_engine_ask_for_all_prompts_and_keep_their_own(m
 def test_a_tensor_parallel_size_that_does_not_divide_the_processes_is_named(tmp_path):
     with pytest.raises(ValueError, match="tensor_parallel_size is 2: expected a divisor of 1, the training processes"):
         ColocatedVLLM(tmp_path, tensor_parallel_size=2)
+
+
+def test_a_prompt_longer_than_those_of_the_data_names_the_option(vllm, demo_student, demo_tokenizers, settings):
+    engine = colocated_from_model(demo_student, demo_tokenizers[0], max_model_len=20)
+    with pytest.raises(ValueError, match=r"that is 26: .* max_model_len, 20 .*vllm_kwargs=\{'max_model_len': 26\}"):
+        engine.generate([[5] * 20], settings, seed=0)
+
+
+def test_a_context_that_nobody_gave_is_told_with_the_refusal(vllm, monkeypatch, tmp_path):
+    """That of a model may take more keys and values than there is room for."""
+
+    def refuse(self, **_):
+        raise ValueError("a request of 131072 tokens needs 16 GiB")
+
+    monkeypatch.setattr(LLM, "__init__", refuse)
+    with pytest.raises(ValueError, match=r"\(max_model_len is not given: the model's whole context is\): a request"):
+        ColocatedVLLM(tmp_path)
+    with pytest.raises(ValueError, match=r"': a request of 131072"):
+        ColocatedVLLM(tmp_path, max_model_len=64)
+
+
+def attention_in_16_bits(module, query, key, value, attention_mask, **kwargs):
+    if query.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):
+        query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in (query, key, value))
+    if query.dtype == torch.float32:
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def test_a_float32_student_with_flash_attention_is_compared_in_16_bits(vllm, demo_student, demo_tokenizers):
+    """Before the Trainer has put autocast around its forward: an evaluation before the training."""
+    AttentionInterface.register("flash_in_16_bits", attention_in_16_bits)
+    AttentionMaskInterface.register("flash_in_16_bits", sdpa_mask)
+    engine = colocated_from_model(demo_student, demo_tokenizers[0], max_model_len=64, dtype="bfloat16")
+    engine.dtype = "torch.bfloat16"
+    demo_student.config._attn_implementation = "flash_in_16_bits"
+    engine.update_weights(demo_student)
+    assert vllm[0].calls[-1] == "generate 4"
