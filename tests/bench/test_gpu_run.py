@@ -128,6 +128,7 @@ def test_all_who_listen_hear_of_a_compilation(monkeypatch):
 
 def test_a_step_is_told_by_its_phases_and_what_was_in_it(tmp_path):
     run = Run("step", tmp_path, "cpu", 0.0)
+    run.item = "demo"
     for seconds, compiled in (
         (0.5, {}),
         (1.9, {"compiled": 2, "compile_seconds": 1.25, "compiled_kernels": "2 finish"}),

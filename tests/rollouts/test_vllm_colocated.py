@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from simct.data.prompts import render_prompt
 from simct.rollouts import vllm_engine
@@ -255,13 +255,13 @@ def attention_in_16_bits(module, query, key, value, attention_mask, **kwargs):
         query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in (query, key, value))
     if query.dtype == torch.float32:
         raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def test_a_float32_student_with_flash_attention_is_compared_in_16_bits(vllm, demo_student, demo_tokenizers):
     """Before the Trainer has put autocast around its forward: an evaluation before the training."""
     AttentionInterface.register("flash_in_16_bits", attention_in_16_bits)
-    AttentionMaskInterface.register("flash_in_16_bits", sdpa_mask)
+    AttentionMaskInterface.register("flash_in_16_bits", eager_mask)
     engine = colocated_from_model(demo_student, demo_tokenizers[0], max_model_len=64, dtype="bfloat16")
     engine.dtype = "torch.bfloat16"
     demo_student.config._attn_implementation = "flash_in_16_bits"
