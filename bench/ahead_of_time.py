@@ -153,14 +153,20 @@ def _recorded(arch: str, runs: Iterable[Callable[[], None]]) -> list[Launch]:
 
 def compiled_by_size(arch: str) -> dict[str, int]:
     """By kernel, the most specialisations of one variant that batches of two sizes ask for: every batch of a training has another
-    number of rows, and each compilation makes a step wait for half a second."""
+    number of rows, and each compilation makes a step wait for half a second. (How many tiles a program takes shapes its loop: for
+    1, multiples of 16 and the rest there is a kernel each.)"""
     options = {"candidates": "disjoint", "teacher_mass_floor": 0.1, "beta": 0.5}
-    runs = [
-        partial(call, repeats) for repeats in (4, 16) for call in (_logits_of, partial(_linear_of, options=options))
-    ]
-    several = Counter((launch.kernel.__name__, launch.describe()) for launch in _recorded(arch, runs))
+    launched: dict[Launch, None] = {}
+    for repeats in (4, 16):  # as many splits as well; small vocabularies, as nothing is compiled
+        calls = (_logits_of, partial(_linear_of, options=options))
+        with (
+            mock.patch.dict(globals(), {"_WIDTH": 2560, "_SIZE": 977}),
+            mock.patch.object(tiles, "splits", lambda *_, n=repeats: (n, 2)),
+        ):
+            launched |= dict.fromkeys(_recorded(arch, [partial(call, repeats) for call in calls]))
+    variants = ((each.kernel.__name__, each.describe(), tuple(kind for _, kind in each.signature)) for each in launched)
     most: Counter[str] = Counter()
-    for (kernel, _), count in several.items():
+    for (kernel, *_), count in Counter(variants).items():
         most[kernel] = max(most[kernel], count)
     return most
 
