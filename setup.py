@@ -51,6 +51,7 @@ setup(
             "gguf>=0.10",  # a quantised teacher's file
             'bitsandbytes>=0.49; platform_system == "Linux"',  # QLoRA; its 4 bits run on a CPU, too
             "lm-eval[hf]>=0.4.13",  # simct eval
+            "scipy>=1.11",  # the quality study's intervals
             "mypy>=1.18",
             "pdoc>=15",  # the API reference builds
         ],
@@ -60,6 +61,7 @@ setup(
         "bench": [
             "gguf>=0.10",
             "pytest-benchmark>=4",
+            "scipy>=1.11",  # the quality study's intervals
             # Rivals; what is not installed is a row with a note in the results.
             "trl>=1.16",
             'liger-kernel>=0.8; platform_system == "Linux"',

@@ -4,47 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-SIMCT_PUBLIC = {"score": "mean_logit", "alignment": "anchored"}
-
 
 @dataclass(frozen=True)
 class Arm:
-    """`options` of `SimCTConfig`; `kind`: "distil", "strings" (the public SimpleOPD alignment) or "sft" (cross entropy on
-    the teacher's own samples, as many tokens)."""
+    """`options` of `SimCTConfig`; `data`: "student" (its own samples), or "teacher": the teacher's, as many; `sft`: cross entropy
+    on them instead of a comparison of distributions."""
 
     title: str
     options: dict = field(default_factory=dict)
-    kind: str = "distil"
+    data: str = "student"
+    sft: bool = False
 
 
-ARMS = {
-    "strict": Arm("strict full: 1:1 units", {"units": "single"}),
-    "strict-top16": Arm("strict top-16", {"units": "single", "top_k": 16}),
-    "strict-strings": Arm("SimpleOPD, public string alignment", {"units": "single"}, kind="strings"),
+CORE = {  # what the contrasts of CONTRASTS.md need, and what both sides are measured by
+    "sft": Arm("SFT on the teacher's samples", data="teacher", sft=True),
+    "strict": Arm("strict: 1:1 units", {"units": "single"}),
     "simct": Arm("SimCT (paper)"),
-    "simct-public": Arm("SimCT, public code (mean_logit, anchored)", SIMCT_PUBLIC),
-    "sum-logprob": Arm("SimCT, score=sum_logprob", {"score": "sum_logprob"}),
-    "disjoint": Arm("SimCT, candidates=disjoint", {"candidates": "disjoint"}),
-    "mass-floor": Arm("SimCT, teacher_mass_floor=0.5", {"teacher_mass_floor": 0.5}),
-    "forward-kl": Arm("SimCT, forward KL", {"beta": 0.0}),
-    "jsd": Arm("SimCT, JSD", {"beta": 0.5}),
-    "merged": Arm("SimCT, units merged at random", {"units": "merged"}),
-    "bpm": Arm("BPM", {"objective": "bpm"}),
     "escd": Arm("ESCD", {"objective": "escd"}),
-    "uld": Arm("ULD", {"objective": "uld"}),
-    "alm": Arm("ALM", {"objective": "alm"}),
-    "sft": Arm("SFT on teacher samples", kind="sft"),
+    "kd": Arm("off-policy KD: forward KL", {"beta": 0.0, "on_policy_fraction": 0.0}, data="teacher"),
 }
-QUICK_ARMS = ("strict", "simct", "sft")
-CONTROL_ARMS = ("strict", "strict-top16", "forward-kl", "jsd", "sft")  # with one vocabulary the others are one of these
-RATES = (3e-5, 1e-4, 3e-4)  # each arm's learning rate is the best of these on the validation prompts
-PUSHED_ARMS = (
-    "strict",
-    "simct",
-    "sum-logprob",
-    "disjoint",
-    "forward-kl",
-    "bpm",
-    "escd",
-    "sft",
-)  # also at the highest of them
+FURTHER = {
+    "strict-top16": Arm("strict, top 16", {"units": "single", "top_k": 16}),
+    "disjoint": Arm("SimCT, disjoint", {"candidates": "disjoint"}),
+}
+ARMS = CORE | FURTHER
+QUICK_ARMS = ("sft", "strict", "simct")
+ON_POLICY = tuple(name for name, arm in ARMS.items() if arm.data == "student")
+LADDER = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # learning rates
+FIRST = slice(1, 4)  # those that every arm is tried at; the next one is while the best is on an edge

@@ -1,4 +1,5 @@
-"""What an arm is judged by, on held-out prompts; both directions of the sequence KL are per byte."""
+"""What an arm is judged by, on held-out prompts: the sums that it gets right when it samples, how likely the right response is
+to it, and both directions of the sequence KL per byte."""
 
 from __future__ import annotations
 
@@ -6,107 +7,115 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from simct import TokenizerPair
-from simct.rollouts.protocol import Response, Sampling
-from simct.rollouts.transformers_engines import StaticBatching
 from simct.training.evaluation import score
 from simct.training.metrics import ratio_with_standard_error
 from simct.training.micro_batches import split
-from simct.training.samples import Sample, Samples
-from simct_kernels import token_statistics
+from simct.training.samples import Samples, segment_sums
 
 from .means import mean_with_error
 from .texts import answer
 
+TEMPERATURE = 0.6  # of the graded draws: the rollouts', without their nucleus
+
 
 @dataclass(frozen=True)
-class TeacherSamples:
-    """Responses of the teacher, in both vocabularies, with the records that they answer."""
+class Scope:
+    """How much is judged: `draws` to each of the first `sums` sums, and the first `texts` of the teacher's texts; `whole`: with
+    what costs more, the reverse KL."""
 
-    records: list[dict]
-    student: list[list[int]]
-    teacher: list[list[int]]
-
-
-def sample_teacher(trainer, records: list[dict], sampling: Sampling, seed: int) -> TeacherSamples:
-    """One response of the teacher to each prompt."""
-    scorer = trainer.scorers[trainer.default_teacher]
-    pair = scorer.pair
-    end = pair.teacher_end_ids
-    settings = replace(sampling, end_ids=end, pad_id=end[0], stop_strings=())
-    prompts = [scorer.render(record) for record in records]
-    responses = [r.token_ids for r in StaticBatching(scorer.teacher.model, 256).generate(prompts, settings, seed=seed)]
-    back = TokenizerPair(scorer.teacher.tokenizer, trainer.processing_class)
-    return TeacherSamples(records, back.encode_teacher(responses), responses)
+    sums: int
+    draws: int
+    texts: int
+    whole: bool = False
 
 
-def as_samples(trainer, drawn: TeacherSamples) -> Samples:
-    """The teacher's responses, as if the student had written them."""
-    scorer = trainer.scorers[trainer.default_teacher]
-    ends = scorer.pair.student_end_ids
-    rows = zip(drawn.records, drawn.student, drawn.teacher, strict=True)
-    return Samples(
-        Sample(
-            trainer.student_prompt(record),
-            scorer.render(record),
-            Response(student, "stop" if student[-1] in ends else "length"),
-            teacher,
-            trainer.default_teacher,
-            on_policy=False,
-            record=record,
-        )
-        for record, student, teacher in rows
-        if student and teacher
-    )
+class Judge:
+    """Judges a trainer's student.
+
+    Args:
+        trainer: a `SimCTTrainer`; the student is judged as it is when the judge is called.
+        records: prompts; sums have `answer` and `solution`.
+        texts: records with `prompt` and `completion`, the teacher's samples at temperature 1.
+    """
+
+    def __init__(self, trainer, records: list[dict], texts: list[dict]) -> None:
+        self.trainer, self.records = trainer, records
+        self.sums = [record for record in records if "answer" in record]
+        self.solutions = trainer.answers([{**record, "completion": record["solution"]} for record in self.sums])
+        self.texts = trainer.answers(texts)
+        with _judged(trainer):
+            rows, _ = score(trainer, self.texts)
+            ours = student_sums(trainer, self.texts)
+        self.bytes = [row.bytes for row in rows]
+        self.teacher = [own - row.ratio for own, row in zip(ours, rows, strict=True)]  # its log p, once for all calls
+
+    @torch.no_grad()
+    def __call__(self, scope: Scope) -> dict[str, float]:
+        """Every judge, each mean with its standard error over prompts."""
+        trainer, found = self.trainer, {}
+        with _judged(trainer):
+            texts = self.texts.pick(list(range(min(scope.texts, len(self.texts)))))
+            ours = student_sums(trainer, texts)
+            right, ended = self._draw(self.sums[: scope.sums], scope.draws)
+            solved = student_sums(trainer, self.solutions.pick(list(range(len(self.sums[: scope.sums])))))
+            drawn = trainer.draw(self.records) if scope.whole else Samples()
+            reverse = score(trainer, drawn)[0] if scope.whole else []
+        forward = [(t - o, size) for t, o, size in zip(self.teacher, ours, self.bytes, strict=False) if size]
+        _put(found, "forward_kl_per_byte", ratio_with_standard_error(*zip(*forward, strict=True)))
+        _put(found, "accuracy", mean_with_error([sum(own) / len(own) for own in right]))
+        _put(found, "sums_ended", mean_with_error([sum(own) / len(own) for own in ended]))
+        _put(found, "logp_solution", mean_with_error(solved))
+        if scope.whole:
+            rows = [row for row in reverse if row.bytes]
+            ratios = [row.ratio for row in rows], [row.bytes for row in rows]
+            _put(found, "reverse_kl_per_byte", ratio_with_standard_error(*ratios))
+            _put(found, "ended", mean_with_error([response.finish_reason != "length" for response in drawn.responses]))
+            sizes = [len(_bytes(trainer.pair, response)) for response in drawn.responses]
+            _put(found, "response_bytes", mean_with_error(sizes))
+        return found
+
+    def _draw(self, records: list[dict], times: int) -> tuple[list[list[bool]], list[list[bool]]]:
+        """Of each record's draws: whether they give its answer, and whether they end."""
+        trainer = self.trainer
+        sampling = replace(trainer.sampling, temperature=TEMPERATURE, top_p=1.0)
+        prompts = [trainer.student_prompt(record) for record in records for _ in range(times)]
+        drawn = trainer.generate(prompts, sampling, seed=17)
+        own = [drawn[i : i + times] for i in range(0, len(drawn), times)]
+        right = [
+            [answer(_bytes(trainer.pair, r).decode("utf-8", "replace")) == record["answer"] for r in responses]
+            for responses, record in zip(own, records, strict=True)
+        ]
+        return right, [[r.finish_reason != "length" for r in responses] for responses in own]
 
 
-@torch.no_grad()
-def judge(trainer, records: list[dict], teacher_samples: TeacherSamples) -> dict[str, float]:
-    """Every judge of the student as it is, each mean with its standard error over prompts."""
-    student = trainer.accelerator.unwrap_model(trainer.model)
-    training = student.training
-    student.eval()
-    try:
-        drawn = trainer.draw(records)
-        reverse, _ = score(trainer, drawn)
-        forward, _ = score(trainer, as_samples(trainer, teacher_samples))
-        greedy = replace(trainer.sampling, temperature=0.0, top_p=1.0)
-        asked = [record for record in records if "answer" in record]
-        answers = trainer.generate([trainer.student_prompt(record) for record in asked], greedy, 0)
-        entropy = _entropy(trainer, drawn)
-    finally:
-        student.train(training)
-    pair = trainer.pair
-    texts = [b"".join(p or b"" for p in pair.student_pieces(r.token_ids)) for r in drawn.responses]
-    right = [answer(_text(pair, r)) == record["answer"] for r, record in zip(answers, asked, strict=True)]
-    found: dict[str, float] = {}
-    for name, rows, sign in (("reverse_kl_per_byte", reverse, 1), ("forward_kl_per_byte", forward, -1)):
-        rows = [row for row in rows if row.bytes]
-        found[name], found[f"{name}_stderr"] = ratio_with_standard_error(
-            [sign * row.ratio for row in rows], [row.bytes for row in rows]
-        )
-    found["accuracy"], found["accuracy_stderr"] = mean_with_error(right)
-    found["entropy"], found["entropy_stderr"] = mean_with_error(entropy)
-    found["response_bytes"], found["response_bytes_stderr"] = mean_with_error([len(text) for text in texts])
-    found["ended"], found["ended_stderr"] = mean_with_error([r.finish_reason != "length" for r in drawn.responses])
-    blank = [(len(text) - len(b"".join(text.split()))) / max(1, len(text)) for text in texts]
-    found["whitespace"], found["whitespace_stderr"] = mean_with_error(blank)
+def student_sums(trainer, samples: Samples) -> list[float]:
+    """log p of each response under the student as it is."""
+    found, size = [], trainer.args.per_device_eval_batch_size
+    for start in range(0, len(samples), size):
+        chosen = samples.pick(list(range(len(samples)))[start : start + size])
+        (batch,) = split(chosen, trainer.layout, None, trainer.default_teacher)
+        tokens = torch.tensor([i for ids in chosen.student_responses for i in ids], device=trainer.args.device)
+        found += segment_sums(trainer.student_logprobs(batch, tokens), chosen.student_responses)
     return found
 
 
-def _entropy(trainer, samples: Samples) -> list[float]:
-    """Nats per byte of each response: the entropies of its rows, added up. Per token they would depend on the tokenizer."""
-    values = []
-    for batch in split(samples, trainer.layout, None, trainer.default_teacher):
-        ids = torch.tensor([i for ids in batch.samples.student_responses for i in ids])
-        hidden, head = trainer.student_rows(trainer.accelerator.unwrap_model(trainer.model), batch.packed)
-        rows = token_statistics(hidden, head, ids).entropy
-        parts = rows.split([len(ids) for ids in batch.samples.student_responses])
-        for part, ids in zip(parts, batch.samples.student_responses, strict=True):
-            size = sum(len(p or b" ") for p in trainer.pair.student_pieces(ids))
-            values.append(float(part.sum()) / max(1, size))
-    return values
+class _judged:
+    """The student in evaluation mode, and back."""
+
+    def __init__(self, trainer) -> None:
+        self.student = trainer.accelerator.unwrap_model(trainer.model)
+
+    def __enter__(self) -> None:
+        self.training = self.student.training
+        self.student.eval()
+
+    def __exit__(self, *_) -> None:
+        self.student.train(self.training)
 
 
-def _text(pair, response: Response) -> str:
-    return b"".join(p or b"" for p in pair.student_pieces(response.token_ids)).decode("utf-8", "replace")
+def _put(found: dict[str, float], name: str, value: tuple[float, float]) -> None:
+    found[name], found[f"{name}_stderr"] = value
+
+
+def _bytes(pair, response) -> bytes:
+    return b"".join(piece or b"" for piece in pair.student_pieces(response.token_ids))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -11,99 +10,76 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 
-from .means import mean_with_error
-from .show import COMPARED, JUDGES, Summary, tested, title
+from .contrasts import by_seed, interval
+from .show import title
+from .study import Design, Rows, rates
+
+SHOWN = {
+    "accuracy": ("sums right at temperature 0.6, %", 100),
+    "forward_kl_per_byte": ("forward KL, nats/byte", 1),
+    "sums_ended": ("sums that end, %", 100),
+}
 
 
-def plot_summary(summary: Summary, settings: list[str], path: Path) -> None:
-    """Each judge of each arm, setting by setting, with its standard error."""
-    arms = list(dict.fromkeys(arm for _, arm in summary))
-    size = (5 * len(COMPARED), (0.6 + 0.28 * len(arms)) * len(settings))
-    figure, axes = pyplot.subplots(len(settings), len(COMPARED), figsize=size, squeeze=False, layout="constrained")
-    for line, setting in zip(axes, settings, strict=True):
-        own = [arm for arm in arms if (setting, arm) in summary]
-        for axis, judge in zip(line, COMPARED, strict=True):
-            means, errors = zip(*(summary[setting, arm][judge] for arm in own), strict=True)
-            colours = [
-                "gray" if arm == "none" else "tab:blue" if arm.startswith("strict") else "tab:orange" for arm in own
-            ]
-            axis.barh(range(len(own)), means, xerr=errors, color=colours, ecolor="black", capsize=2)
-            axis.set_yticks(range(len(own)), [title(arm) for arm in own] if axis is line[0] else [])
-            axis.invert_yaxis()
-            axis.set_title(f"{setting}: {JUDGES[judge][0]}", fontsize=10)
-            axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def plot_curves(
-    results: list[dict[str, Any]],
-    curves: list[dict[str, Any]],
-    settings: list[str],
-    arms: list[str],
-    path: Path,
-    rate: float | None = None,
-) -> None:
-    """What a collapse shows in, along training, at a learning rate (each arm's best if none is given): means over seeds, each in a
-    band of its standard error."""
-    shown = {
-        "reverse_kl_per_byte": "reverse KL, nats/byte",
-        "response_whitespace": "white space",
-        "response_length": "response length, tokens",
-        "response_ended": "ended",
-    }
-    figure, axes = pyplot.subplots(
-        len(settings), len(shown), figsize=(4.5 * len(shown), 3 * len(settings)), squeeze=False, layout="constrained"
-    )
-    for line, setting in zip(axes, settings, strict=True):
-        for axis, (name, label) in zip(line, shown.items(), strict=True):
-            for number, arm in enumerate(arms):
-                runs = {(row["learning_rate"], row["seed"]) for row in tested(results, setting, arm, rate)}
+def plot_curves(rows: Rows, curves: Rows, design: Design, path: Path) -> None:
+    """The judges along training, at each arm's learning rate: mean over seeds in a band of its 95 % interval."""
+    pairs = [pair for pair in design.pairs if by_seed(design, rows, pair, "sft", "accuracy")]
+    if not pairs:
+        return
+    size = (4.6 * len(SHOWN), 3.2 * len(pairs))
+    figure, axes = pyplot.subplots(len(pairs), len(SHOWN), figsize=size, squeeze=False, layout="constrained")
+    for line, pair in zip(axes, pairs, strict=True):
+        for axis, (judge, (label, factor)) in zip(line, SHOWN.items(), strict=True):
+            for number, arm in enumerate(design.all_arms()):
+                rate, seeds = rates(design, rows, pair, arm)[1], by_seed(design, rows, pair, arm, "accuracy")
                 own = [
                     row
                     for row in curves
-                    if (row["setting"], row["arm"], row["split"]) == (setting, arm, "test")
-                    and (row["learning_rate"], row["seed"]) in runs
-                    and row.get(name)
+                    if (row["pair"], row["arm"], row["split"]) == (pair, arm, "test")
+                    and float(row["learning_rate"]) == rate
+                    and row["seed"] in seeds
                 ]
+                if not own:
+                    continue
                 steps = sorted({int(row["step"]) for row in own})
-                found = [mean_with_error([float(r[name]) for r in own if int(r["step"]) == step]) for step in steps]
-                style, colour = "-" if number < 10 else "--", f"C{number % 10}"
-                axis.plot(steps, [mean for mean, _ in found], style, color=colour, label=title(arm))
-                low, high = ([m + sign * e for m, e in found] for sign in (-1, 1))
-                axis.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
-            axis.set_title(f"{setting}: {label}", fontsize=10)
+                values = [[factor * float(row[judge]) for row in own if int(row["step"]) == step] for step in steps]
+                found = [interval(value) for value in values]
+                axis.plot(steps, [mean for mean, _ in found], color=f"C{number}", label=title(arm), lw=1.6)
+                low, high = ([mean + sign * half for mean, half in found] for sign in (-1, 1))
+                axis.fill_between(steps, low, high, color=f"C{number}", alpha=0.13, lw=0)
+            axis.set_title(f"{pair}: {label}", fontsize=10)
             axis.grid(alpha=0.3)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(path, dpi=70)
+            if judge == "forward_kl_per_byte":
+                axis.set_ylim(bottom=0)
+    for axis in axes[-1]:
+        axis.set_xlabel("steps")
+    handles = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=9)
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 
-def plot_rates(results: list[dict[str, Any]], settings: list[str], arms: list[str], path: Path) -> None:
-    """What each learning rate of the grid does: one seed, validation prompts; the error is over prompts."""
-    figure, axes = pyplot.subplots(
-        len(settings),
-        len(COMPARED),
-        figsize=(5 * len(COMPARED), 3 * len(settings)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for line, setting in zip(axes, settings, strict=True):
-        for axis, judge in zip(line, COMPARED, strict=True):
-            for number, arm in enumerate(arms):
-                own = [r for r in results if (r["setting"], r["arm"], r["split"]) == (setting, arm, "validation")]
-                own.sort(key=lambda row: float(row["learning_rate"]))
-                rates, means, errors = (
-                    [float(row[name]) for row in own] for name in ("learning_rate", judge, f"{judge}_stderr")
-                )
-                style = "-" if number < 10 else "--"
-                axis.errorbar(rates, means, errors, ls=style, color=f"C{number % 10}", capsize=2, label=title(arm))
-            axis.set_xscale("log")
-            ticks = sorted({float(row["learning_rate"]) for row in results if row["split"] == "validation"} - {0.0})
-            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axis.minorticks_off()
-            axis.set_title(f"{setting}: {JUDGES[judge][0]}", fontsize=10)
-            axis.grid(alpha=0.3)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(path, dpi=80)
+def plot_rates(rows: Rows, design: Design, path: Path) -> None:
+    """What each learning rate does: seed 0, validation sums."""
+    chosen = [row for row in rows if row["split"] == "validation"]
+    pairs = [pair for pair in design.pairs if any(row["pair"] == pair for row in chosen)]
+    if not pairs:
+        return
+    figure, axes = pyplot.subplots(1, len(pairs), figsize=(4 * len(pairs), 3.4), squeeze=False, layout="constrained")
+    for axis, pair in zip(axes[0], pairs, strict=True):
+        for number, arm in enumerate(design.all_arms()):
+            own = sorted((float(r["learning_rate"]), float(r["accuracy"]), float(r["accuracy_stderr"]))
+                         for r in chosen if (r["pair"], r["arm"]) == (pair, arm))  # fmt: skip
+            if own:
+                x, y, errors = zip(*own, strict=True)
+                y, errors = ([100 * value for value in values] for values in (y, errors))
+                axis.errorbar(x, y, errors, color=f"C{number}", capsize=2, label=title(arm))
+        axis.set_xscale("log")
+        axis.set_title(f"{pair}: validation sums right at 0.6, %", fontsize=10)
+        axis.set_xlabel("learning rate")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)

@@ -1,124 +1,156 @@
-"""One run of the study: a setting, an arm, a learning rate and a seed, trained and judged."""
+"""One run of the study: a pair, an arm, a learning rate and a seed, trained and judged."""
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PrinterCallback, get_cosine_schedule_with_warmup
+from transformers import PrinterCallback, TrainerCallback, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
+from bench.measure import device_name
+from bench.record import commit
 from simct import SimCTConfig, SimCTTrainer
 from simct.models.hidden import response_hidden_states
 from simct.training.micro_batches import split
 
-from .arms import ARMS
-from .judges import as_samples, judge, sample_teacher
-from .texts import Texts
+from .arms import ARMS, Arm
+from .judges import Judge, Scope
+from .sampling import engine
+
+
+class Key(NamedTuple):
+    """What a row is the row of. `split`: "validation" (to choose a learning rate) or "test"; arm "none" is the student before."""
+
+    pair: str
+    arm: str
+    learning_rate: float
+    seed: int
+    split: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long every run is."""
+    """How long a run is, and how it is judged: `last` after it, `along` before it and every `every` steps."""
 
-    steps: int = 60
+    steps: int = 1800
     prompts: int = 16  # of a step
     tokens: int = 32  # of a response, at most
-    log_every: int = 10
+    every: int = 150
+    last: Scope = Scope(sums=500, draws=8, texts=750, whole=True)
+    along: Scope = Scope(sums=128, draws=2, texts=192)
 
 
-class StringAligned(SimCTTrainer):
-    """SimpleOPD as the public code aligns it: of the 1:1 units only those that its walk over token strings reaches."""
+@dataclass(frozen=True)
+class Data:
+    """`train`, `held_out`: records to sample from and to be judged on. `teacher_train`, `teacher_held_out`: the teacher's samples
+    at temperature 1, records with `prompt` and `completion`."""
 
-    def _align(self, part, pair, draws):
-        units = super()._align(part, pair, draws)
-        kept, offsets = set(), [0, 0]
-        for a, b in zip(part.samples.student_responses, part.samples.teacher_responses, strict=True):
-            for i, j in pair.match_strings(a, b):
-                kept.add((offsets[0] + i, offsets[1] + j))
-            offsets = [offsets[0] + len(a), offsets[1] + len(b)]
-        starts = zip(units.student_start.tolist(), units.teacher_start.tolist(), strict=True)
-        return units.select(torch.tensor([start in kept for start in starts], dtype=torch.bool))
+    train: list[dict]
+    held_out: list[dict]
+    teacher_train: list[dict]
+    teacher_held_out: list[dict]
 
 
 def run(
-    setting: str, arm: str, rate: float, seed: int, split_name: str, models: Path, texts: Texts, plan: Plan
+    key: Key, student: str | Path, teacher: str | Path, data: Data, plan: Plan, device: str = "cpu", **options: Any
 ) -> list[dict[str, Any]]:
-    """Rows for results.csv: one of the judges (at step `plan.steps`; arm "none" is the student before any training), and one for
-    each logged step. Deterministic but for its seconds."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """Rows: one of the judges after the last step, and one of those along the run for each `plan.every` steps (`curve` tells them
+    apart). Deterministic but for its seconds. `options` of `SimCTConfig` go before the arm's."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(True, warn_only=True)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     started = time.perf_counter()
-    records = {"validation": texts.validation, "test": texts.test}[split_name]
-    chosen = ARMS.get(arm)
+    arm = ARMS.get(key.arm)
+    train = data.train
+    if arm and arm.data == "teacher":
+        train = random.Random(key.seed).sample(data.teacher_train, len(data.teacher_train))
+    curve: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        config = SimCTConfig(
-            output_dir=scratch, max_steps=plan.steps, per_device_train_batch_size=plan.prompts, learning_rate=rate, seed=seed,
-            max_new_tokens=plan.tokens, prompt_format="text", logging_steps=plan.log_every, logging_first_step=False,
-            per_device_eval_batch_size=256, save_strategy="no", use_cpu=True, disable_tqdm=True, report_to=[],
-            **(chosen.options if chosen else {}),
-        )  # fmt: skip
-        kind = StringAligned if chosen and chosen.kind == "strings" else SimCTTrainer
-        trainer = kind(str(models / setting), str(models / "teacher"), config, texts.train)
-        trainer.remove_callback(PrinterCallback)
-        judged_on = sample_teacher(trainer, records, replace(trainer.sampling, temperature=1.0, top_p=1.0), seed=17)
-        if chosen and chosen.kind == "sft":
-            log = finetune(trainer, texts, plan, rate, seed)
-        elif chosen:
-            trainer.train()
-            log = [row for row in trainer.state.log_history if "loss" in row]
-        else:
-            log = []
-        found = judge(trainer, records, judged_on)
-    key = {"setting": setting, "arm": arm, "learning_rate": rate, "seed": seed, "split": split_name}
-    kept = (
-        "loss",
-        "reverse_kl_per_byte",
-        "response/length",
-        "response/ended",
-        "response/whitespace",
-        "response/entropy",
-    )
-    curve = [
-        {**key, "step": row["step"], **{name.replace("/", "_"): row[name] for name in kept if name in row}}
-        for row in log
-    ]
-    share = {
-        name.replace("/", "_"): log[0][name] for name in ("tokens/single", "tokens/longer") if log and name in log[0]
+        trainer = _trainer(key, arm, student, teacher, train, plan, scratch, {"use_cpu": device == "cpu", **options})
+        judge = Judge(trainer, data.held_out, data.teacher_held_out)
+
+        def along(step: int) -> None:
+            if step % plan.every == 0:
+                curve.append({"step": step, **judge(plan.along)})
+
+        begun = time.perf_counter()
+        if arm:
+            along(0)
+            if arm.sft:
+                finetune(trainer, train, plan.steps, along)
+            else:
+                trainer.add_callback(_Along(along))
+                trainer.train()
+        trained = time.perf_counter() - begun
+        found = judge(plan.last)
+        log = [row for row in trainer.state.log_history if "loss" in row]
+    common = {**key._asdict(), "steps": plan.steps if arm else 0}
+    share = {f"{n}_{when}": row[f"tokens/{n}"] for row, when in zip(log[:1] + log[-1:], ("first", "last"), strict=False)
+             for n in ("single", "longer") if f"tokens/{n}" in row}  # fmt: skip
+    seconds = {"train_seconds": trained, "seconds": time.perf_counter() - started}
+    last = {
+        **common,
+        "curve": False,
+        **found,
+        **share,
+        **seconds,
+        "machine": device_name(torch.device(device)),
+        "commit": commit(),
     }
-    seconds = time.perf_counter() - started
-    return [{**key, "step": plan.steps if chosen else 0, "judged": True, **found, **share, "seconds": seconds}, *curve]
+    return [last, *({**common, "curve": True, **row} for row in curve)]
 
 
-def finetune(trainer: SimCTTrainer, texts: Texts, plan: Plan, rate: float, seed: int) -> list[dict[str, float]]:
-    """Cross entropy on the teacher's own samples, as many and sampled in the same way as the student's in the other arms, with
-    their optimiser's settings."""
+def _trainer(
+    key: Key, arm: Arm | None, student, teacher, train, plan: Plan, scratch: str, options: dict
+) -> SimCTTrainer:
+    common = dict(
+        output_dir=scratch, max_steps=plan.steps, per_device_train_batch_size=plan.prompts, learning_rate=key.learning_rate,
+        seed=key.seed, max_new_tokens=plan.tokens, prompt_format="text", logging_steps=plan.every, logging_first_step=False,
+        per_device_eval_batch_size=256, save_strategy="no", disable_tqdm=True, report_to=[],
+    )  # fmt: skip
+    config = SimCTConfig(**{**common, **options, **(arm.options if arm else {})})
+    trainer = SimCTTrainer(str(student), str(teacher), config, train)
+    trainer.remove_callback(PrinterCallback)
+    if config.device.type == "cpu":
+        trainer.engine = trainer.collector.engine = engine(trainer.accelerator.unwrap_model(trainer.model))
+    return trainer
+
+
+class _Along(TrainerCallback):
+    def __init__(self, along: Callable[[int], None]) -> None:
+        self.along = along
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.along(state.global_step)
+
+
+def finetune(trainer: SimCTTrainer, records: list[dict], steps: int, along: Callable[[int], None]) -> None:
+    """Cross entropy on the records' completions, `trainer`'s batch of them a step and with its optimiser's settings; the teacher is
+    not asked."""
+    args = trainer.args
     student = trainer.accelerator.unwrap_model(trainer.model).train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=rate, betas=(0.9, 0.999), weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.05 * plan.steps), plan.steps)
-    order = torch.randperm(len(texts.train), generator=torch.Generator().manual_seed(seed)).tolist()
-    wanted = [texts.train[order[i % len(order)]] for i in range(plan.steps * plan.prompts)]
-    samples = as_samples(trainer, sample_teacher(trainer, wanted, trainer.sampling, seed=seed))
-    log = []
-    for step in range(plan.steps):
-        (batch,) = split(
-            samples.pick(list(range(step, len(samples), plan.steps))), trainer.layout, None, trainer.default_teacher
-        )
-        hidden = response_hidden_states(student, batch.packed)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.05 * steps), steps)
+    for step in range(steps):
+        start = step * args.per_device_train_batch_size % len(records)
+        samples = trainer.answers(records[start : start + args.per_device_train_batch_size])
+        (batch,) = split(samples, trainer.layout, None, trainer.default_teacher)
+        hidden = response_hidden_states(student, batch.packed.to(args.device))
         logits = student.get_output_embeddings()(hidden)
-        targets = torch.tensor([i for ids in batch.samples.student_responses for i in ids])
+        targets = torch.tensor([i for ids in samples.student_responses for i in ids], device=args.device)
         loss = torch.nn.functional.cross_entropy(logits, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), trainer.args.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if (step + 1) % plan.log_every == 0:
-            log.append({"step": step + 1, "loss": loss.item()})
-    return log
+        along(step + 1)

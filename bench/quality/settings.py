@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, get_constant_schedule_with_warmup
 
-from simct.demo.make_models import train
+from simct.demo.make_models import batches, train
 from simct.files import write_json
+from simct.rollouts.protocol import Sampling
 
-from .texts import Texts
+from .judges import TEMPERATURE
+from .sampling import engine
+from .texts import Texts, answer
 
 END = "<|endoftext|>"
 
@@ -53,11 +55,13 @@ class Spelling:
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama of this size, trained for so many steps of 32 documents."""
+    """A Llama of this size, trained for at most so many steps of 32 documents; `until`: it stops where it gets that share of
+    validation sums right (a student, whose seeds then begin alike)."""
 
     width: int
     layers: int
     steps: int
+    until: float | None = None
 
 
 TEACHER = Spelling(2048)
@@ -65,47 +69,97 @@ TEACHER = Spelling(2048)
 # larger one of the same kind.
 STUDENTS = {
     "nested": Spelling(1536),
-    "fine": Spelling(512),
     "digits": Spelling(1536, digits=1),
+    "fine": Spelling(512),
     "trailing": Spelling(1536, space="after"),
-    "same": TEACHER,  # the control: one vocabulary
 }
-SIZES = {"teacher": Size(160, 4, 3000), "student": Size(96, 2, 1000)}
-QUICK_SIZES = {"teacher": Size(48, 1, 40), "student": Size(32, 1, 20)}
+SIZES = {"teacher": Size(160, 4, 3000), "student": Size(96, 2, 3000, until=0.4)}
+QUICK_SIZES = {"teacher": Size(48, 1, 40), "student": Size(32, 1, 20, until=0.4)}
+RATE = 2e-3
+AVERAGED = 0.98  # of the weights' moving average, which is what a student keeps: a run's end without its schedule
+CHECKED = 100  # steps
 
 
-def prepare(
-    folder: Path, names: list[str], texts: Texts, sizes: dict[str, Size], workers: int = 1, progress=print
-) -> None:
-    """Makes `folder/teacher` and a `folder/NAME` for each setting; what is there already, made in the same way, stays."""
-    wanted = {"teacher": (TEACHER, sizes["teacher"])} | {name: (STUDENTS[name], sizes["student"]) for name in names}
-    context = multiprocessing.get_context("spawn")  # forked threads of torch would wait for ever
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        left = {}
-        for name, (spelling, size) in wanted.items():
-            made_by = {**asdict(spelling), **asdict(size), "documents": len(texts.documents)}
-            stamp = folder / name / "made_by.json"
-            if not (stamp.is_file() and json.loads(stamp.read_text()) == made_by):
-                progress(f"training {name}: {size.steps} steps")
-                left[
-                    pool.submit(
-                        make_model, folder / name, spelling, size, texts.documents, ["teacher", *STUDENTS].index(name)
-                    )
-                ] = stamp, made_by
-        for done in as_completed(left):
-            done.result()
-            write_json(*left[done])
+def is_made(folder: Path, spelling: Spelling, size: Size, texts: Texts, seed: int) -> bool:
+    stamp = folder / "made_by.json"
+    return stamp.is_file() and json.loads(stamp.read_text())["made_by"] == _made_by(spelling, size, texts, seed)
 
 
-def make_model(folder: Path, spelling: Spelling, size: Size, documents: list[str], seed: int) -> None:
+def _made_by(spelling: Spelling, size: Size, texts: Texts, seed: int) -> dict:
+    return {**asdict(spelling), **asdict(size), "seed": seed, "documents": len(texts.documents)}
+
+
+def make_model(folder: Path, spelling: Spelling, size: Size, texts: Texts, seed: int) -> None:
     """A tokenizer and a model for it, in `folder`. On one thread, so that the number of processors changes nothing."""
     torch.set_num_threads(1)
     shutil.rmtree(folder, ignore_errors=True)
-    tokenizer = spelling.make(documents)
+    tokenizer = spelling.make(texts.documents)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=size.width, intermediate_size=3 * size.width, num_hidden_layers=size.layers,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    train(config, tokenizer, documents, steps=size.steps, seed=seed).save_pretrained(folder)
+    if size.until is None:
+        model, steps = train(config, tokenizer, texts.documents, steps=size.steps, seed=seed), size.steps
+    else:
+        model, steps = warm_up(config, tokenizer, texts, size, seed)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    found = {"steps": steps, "accuracy": sampled_accuracy(model, tokenizer, texts.validation, draws=4)}
+    write_json(folder / "made_by.json", {"made_by": _made_by(spelling, size, texts, seed), **found})
+
+
+def warm_up(config, tokenizer, texts: Texts, size: Size, seed: int):
+    """A language model of the documents, as `train` makes one, but stopped by what it can do. Returns it and its steps.
+
+    The rate stays constant, since the end is not known, and the model is the moving average of the weights on the way.
+    """
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).float()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, betas=(0.9, 0.95))
+    schedule = get_constant_schedule_with_warmup(optimizer, CHECKED)
+    for step, (ids, labels) in enumerate(batches(tokenizer, texts.documents, size.steps, seed), 1):
+        model(input_ids=ids, attention_mask=(labels != -100).long(), labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        if step % CHECKED == 0 and sampled_accuracy(average.module, tokenizer, texts.validation[:128]) >= size.until:
+            break
+    return average.module, step
+
+
+def sampled_accuracy(model, tokenizer, sums: list[dict], draws: int = 2, tokens: int = 32) -> float:
+    """The share of draws at the judges' temperature that give a sum's answer."""
+    end = tokenizer.eos_token_id
+    prompts = tokenizer([record["prompt"] for record in sums for _ in range(draws)])["input_ids"]
+    sampling = Sampling((end,), end, tokens, TEMPERATURE)
+    drawn = engine(model).generate(prompts, sampling, seed=17)
+    texts = tokenizer.batch_decode([response.token_ids for response in drawn], skip_special_tokens=True)
+    return sum(answer(text) == sums[i // draws]["answer"] for i, text in enumerate(texts)) / len(texts)
+
+
+def draw_teacher(folder: Path, texts: Texts, responses: int, tokens: int) -> dict[str, list[dict]]:
+    """The teacher's samples at temperature 1, as records with `prompt` and `completion`: `train`, so many of the training prompts in
+    turn, and `validation` and `test`, one of each prompt.
+
+    Args:
+        tokens: of one sample, at most; more than a student's response may have, so that what does not end here is cut there.
+    """
+    torch.set_num_threads(1)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    sampler = engine(AutoModelForCausalLM.from_pretrained(folder).float())
+    end = tokenizer.eos_token_id
+    found = {}
+    for number, (name, own) in enumerate(
+        (("train", texts.train), ("validation", texts.validation), ("test", texts.test))
+    ):
+        count = responses if name == "train" else len(own)
+        records = [own[i % len(own)] for i in range(count)]
+        prompts = tokenizer([record["prompt"] for record in records])["input_ids"]
+        drawn = sampler.generate(prompts, Sampling((end,), end, tokens), seed=number)
+        written = tokenizer.batch_decode([r.token_ids for r in drawn], skip_special_tokens=True)
+        found[name] = [{"prompt": r["prompt"], "completion": text} for r, text in zip(records, written, strict=True)]
+    return found

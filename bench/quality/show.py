@@ -1,131 +1,128 @@
-"""The study's tables: means over seeds with their standard errors."""
+"""The study's tables: means over seeds with 95 % intervals, and the contrasts."""
 
 from __future__ import annotations
 
-import math
+import json
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
+from . import contrasts
 from .arms import ARMS
-from .means import mean_with_error
+from .contrasts import Contrast, by_seed, interval
+from .study import Design, Rows, rates
 
-JUDGES = {  # name: title, format, whether more is better (None: neither)
-    "reverse_kl_per_byte": ("reverse KL, nats/byte", ".3f", False),
-    "forward_kl_per_byte": ("forward KL, nats/byte", ".3f", False),
-    "accuracy": ("sums right", ".1%", True),
-    "entropy": ("entropy, nats/byte", ".3f", None),
-    "response_bytes": ("bytes", ".1f", None),
-    "ended": ("ended", ".1%", None),
-    "whitespace": ("white space", ".1%", None),
+JUDGES = {  # name: title, factor, format
+    "accuracy": ("sums right at 0.6, %", 100, ".1f"),
+    "forward_kl_per_byte": ("forward KL, nats/byte", 1, ".3f"),
+    "reverse_kl_per_byte": ("reverse KL, nats/byte", 1, ".3f"),
+    "logp_solution": ("log p of the right response", 1, ".2f"),
+    "ended": ("ended, %", 100, ".0f"),
 }
-COMPARED = "reverse_kl_per_byte", "forward_kl_per_byte", "accuracy"
-Summary = dict[tuple[str, str], dict[str, Any]]
-
-
-def best_rate(rows: list[dict[str, Any]], setting: str, arm: str) -> float:
-    """The learning rate with the least KL in both directions on the validation prompts."""
-    found = [r for r in rows if (r["setting"], r["arm"], r["split"]) == (setting, arm, "validation")]
-    best = min(found, key=lambda r: float(r["reverse_kl_per_byte"]) + float(r["forward_kl_per_byte"]))
-    return float(best["learning_rate"])
-
-
-def tested(rows: list[dict[str, Any]], setting: str, arm: str, rate: float | None = None) -> list[dict[str, Any]]:
-    """The test runs of an arm at a learning rate: its best if none is given."""
-    own = [r for r in rows if (r["setting"], r["arm"], r["split"]) == (setting, arm, "test")]
-    if own and rate is None:
-        rate = best_rate(rows, setting, arm)
-    return [row for row in own if float(row["learning_rate"]) == rate]
-
-
-def summarize(rows: list[dict[str, Any]], settings: list[str], arms: list[str], rate: float | None = None) -> Summary:
-    """By setting and arm: for each judge (mean over seeds, its standard error), the seeds and the learning rate (the arm's best if
-    none is given). Arm "none" is the student before, whose error is that over prompts."""
-    found: Summary = {}
-    for setting in settings:
-        for arm in ("none", *arms):
-            own = tested(rows, setting, arm, 0.0 if arm == "none" else rate)
-            if not own:
-                continue
-            means: dict[str, Any] = {"seeds": len(own), "learning_rate": own[0]["learning_rate"]}
-            for name in JUDGES:
-                values = [float(row[name]) for row in own]
-                if arm == "none":
-                    means[name] = values[0], float(own[0][f"{name}_stderr"])
-                else:
-                    means[name] = mean_with_error(values)
-            for name in ("tokens_single", "tokens_longer"):
-                values = [float(row[name]) for row in own if row.get(name)]
-                means[name] = sum(values) / len(values) if values else math.nan
-            found[setting, arm] = means
-    return found
-
-
-def differences(rows: list[dict[str, Any]], setting: str, arm: str, baseline: str) -> list[str]:
-    """Of each of COMPARED, `arm` less `baseline`: mean over seeds ± standard error. The same seed has the same prompts in the same
-    order in both, so that what the seeds have in common cancels."""
-    by_seed: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in (*tested(rows, setting, arm), *tested(rows, setting, baseline)):
-        by_seed.setdefault(row["seed"], {})[row["arm"]] = row
-    both = [pair for pair in by_seed.values() if len(pair) == 2]
-    found = []
-    for name in COMPARED:
-        mean, error = mean_with_error([float(pair[arm][name]) - float(pair[baseline][name]) for pair in both])
-        form = JUDGES[name][1]
-        found.append(f"{mean:+{form}} ± {error:{form}}")
-    return found
+PLUS_MINUS = "the half of the 95 % interval over seeds"
 
 
 def title(arm: str) -> str:
     return "before training" if arm == "none" else ARMS[arm].title
 
 
-def cells(means: dict[str, Any]) -> list[str]:
-    return [f"{means[n][0]:{form}} ± {means[n][1]:{form}}" for n, (_, form, _) in JUDGES.items()]
+def cells(design: Design, rows: Rows, pair: str) -> list[list[str]]:
+    """A row for each arm that has a test run: its title, seeds, learning rate, and the judges."""
+    found = []
+    for arm in ("none", *design.all_arms()):
+        seeds = by_seed(design, rows, pair, arm, "accuracy")
+        if seeds:
+            rate = "" if arm == "none" else f"{rates(design, rows, pair, arm)[1]:g}"
+            shown = []
+            for judge, (_, factor, form) in JUDGES.items():
+                mean, half = interval([factor * v for v in by_seed(design, rows, pair, arm, judge).values()])
+                shown.append(f"{mean:{form}}" + (f" ± {half:{form}}" if len(seeds) > 1 else ""))
+            found.append([title(arm), str(len(seeds)), rate, *shown])
+    return found
 
 
-def table(summary: Summary, setting: str) -> Table:
-    shown = Table(title=f"{setting}: test prompts, mean over seeds ± standard error")
-    shown.add_column("arm")
-    for name, _, _ in JUDGES.values():
-        shown.add_column(name, justify="right")
-    shown.add_column("learning rate", justify="right")
-    for (own, arm), means in summary.items():
-        if own == setting:
-            shown.add_row(title(arm), *cells(means), means["learning_rate"])
+HEADINGS = ["arm", "seeds", "rate", *(name for name, _, _ in JUDGES.values())]
+
+
+def table(design: Design, rows: Rows, pair: str) -> Table:
+    shown = Table(title=f"{pair}: test prompts, mean over seeds ± {PLUS_MINUS}")
+    for heading in HEADINGS:
+        shown.add_column(heading, justify="left" if heading == "arm" else "right")
+    for row in cells(design, rows, pair):
+        shown.add_row(*row)
     return shown
 
 
-def write_markdown(rows: list[dict[str, Any]], settings: list[str], arms: list[str], high: float, path: Path) -> None:
-    """Each setting's table at the arms' best learning rates, what each arm changes against the first of them, and what becomes of
-    them at the learning rate `high`."""
-    summary, pushed = summarize(rows, settings, arms), summarize(rows, settings, arms, high)
-    baseline, *others = arms
-    lines = []
-    for setting in settings:
-        lines += [f"## {setting}", ""]
-        shares = [m for (own, _), m in summary.items() if own == setting and m["tokens_longer"] > 0]
-        if shares:
-            lines.append(
-                f"Of the response tokens that the student samples at first, {shares[0]['tokens_single']:.0%} are in 1:1 units,"
-            )
-            lines.append(f"{shares[0]['tokens_longer']:.0%} in longer ones.")
-        lines += ["Mean over seeds ± standard error, test prompts, each arm at its best learning rate:", ""]
-        lines += _rows(summary, setting)
-        lines += ["", f'Less "{title(baseline)}", by seed:', ""]
-        lines.append("| arm | " + " | ".join(JUDGES[name][0] for name in COMPARED) + " |")
-        lines.append("|---" * (len(COMPARED) + 1) + "|")
-        for arm in (arm for arm in others if (setting, arm) in summary):
-            lines.append(f"| {title(arm)} | " + " | ".join(differences(rows, setting, arm, baseline)) + " |")
-        lines += ["", f"At learning rate {high:g}, where a collapse shows:", "", *_rows(pushed, setting), ""]
-    path.write_text("\n".join(lines), encoding="utf-8")
+def contrast_cells(one: Contrast) -> list[str]:
+    _, factor, form = JUDGES[one.judge]
+    unit = " points" if one.judge == "accuracy" else ""
+    mean, low, high = (f"{factor * value:+{form}}" for value in (one.mean, one.low, one.high))
+    equal = "" if one.equivalence != one.equivalence else f"{one.equivalence:.3g}"
+    what = f"{title(one.arm)} − {title(one.baseline)}"
+    found = f"{mean}{unit} [{low}, {high}]"
+    return [one.pair, what, one.judge, found, str(one.df), f"{one.p:.2g}", f"{one.holm:.2g}", equal, one.verdict]
 
 
-def _rows(summary: Summary, setting: str) -> list[str]:
-    lines = ["| arm | " + " | ".join(t for t, _, _ in JUDGES.values()) + " | learning rate |"]
-    lines.append("|---" * (len(JUDGES) + 2) + "|")
-    for (own, arm), means in summary.items():
-        if own == setting:
-            lines.append(f"| {title(arm)} | " + " | ".join(cells(means)) + f" | {means['learning_rate']} |")
-    return lines
+CONTRAST_HEADINGS = ["pair", "contrast", "judge", "difference [95 %]", "df", "p", "Holm", "p of ±5", "verdict"]
+
+
+def write_markdown(rows: Rows, design: Design, folder: Path) -> None:
+    """tables.md: each pair's arms, the contrasts, the learning rates, and the students."""
+    lines = [
+        "# Tables of the study",
+        "",
+        "Made by `python -m bench.quality --show` of results.csv; see docs/evidence.md.",
+        "",
+    ]
+    for pair in design.pairs:
+        found = cells(design, rows, pair)
+        if found:
+            lines += [f"## {pair}", "", f"Test prompts, mean over seeds ± {PLUS_MINUS}:", ""]
+            lines += [*markdown(HEADINGS, found), ""]
+    tests = contrasts.of_study(design, rows)
+    if tests:
+        lines += [
+            "## Contrasts",
+            "",
+            f"As written down before the runs (CONTRASTS.md); Holm over these {len(tests)} tests.",
+            "",
+        ]
+        lines += [*markdown(CONTRAST_HEADINGS, map(contrast_cells, tests)), ""]
+    lines += [
+        "## Learning rates",
+        "",
+        "Validation sums right at 0.6 (%), seed 0, shorter runs; the chosen rate in bold:",
+        "",
+    ]
+    lines += [*markdown(["pair", "arm", *(f"{rate:g}" for rate in design.ladder)], _rates(design, rows)), ""]
+    made = sorted(folder.glob("models/*/made_by.json"))
+    students = [(path.parent.name, json.loads(path.read_text())) for path in made]
+    shown = [[name, str(found["steps"]), f"{100 * found['accuracy']:.1f}"] for name, found in students]
+    if shown:
+        lines += ["## Models", "", "Validation sums right at 0.6 (%), four draws each:", ""]
+        lines += markdown(["model", "steps", "accuracy"], shown)
+    (folder / "tables.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _rates(design: Design, rows: Rows) -> list[list[str]]:
+    found = []
+    for pair in design.pairs:
+        for arm in design.all_arms():
+            own = {
+                float(row["learning_rate"]): float(row["accuracy"])
+                for row in rows
+                if (row["pair"], row["arm"], row["split"]) == (pair, arm, "validation")
+            }
+            if own:
+                best = rates(design, rows, pair, arm)[1]
+                shown = [f"{100 * own[rate]:.1f}" if rate in own else "" for rate in design.ladder]
+                shown = [
+                    f"**{text}**" if rate == best else text for rate, text in zip(design.ladder, shown, strict=True)
+                ]
+                found.append([pair, title(arm), *shown])
+    return found
+
+
+def markdown(headings, rows) -> list[str]:
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 from simct.demo.make_models import paragraphs
 
-WORDS = 6  # of a paragraph's first line
+WORDS = 6  # of a paragraph's first line; so many again, twice over, follow it
 LARGEST = 19  # operand of a sum
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents to learn the language from, and prompts: records with `prompt`, and `answer` for a sum."""
+    """Documents to learn the language from, and prompts: records with `prompt`, and for a sum `answer` and the whole right
+    response, `solution`. `validation` holds sums alone; in `test` they come first."""
 
     documents: list[str]
     train: list[dict]
@@ -26,32 +27,39 @@ class Texts:
     test: list[dict]
 
 
-def make_texts(prompts: int = 1_024, held_out: int = 128) -> Texts:
-    """The same on every machine with the same Python. Half of the prompts of each split are sums, and none is in two splits.
+def make_texts(prompts: int = 1_024, validation: int = 256, sums: int = 500, prose: int = 250) -> Texts:
+    """The same on every machine with the same Python. a+b-c and b+a-c are in the same split, and no prompt is in two.
 
     Args:
-        prompts: of the training split. held_out: of the validation and the test split, each.
+        prompts: of the training split, half of them sums. validation: sums of the validation split. sums, prose: of the test split.
     """
     draw = random.Random(0)
-    prose = [found for text in paragraphs() if (found := _prose(text))]
-    prose = list({prompt: (prompt, rest) for prompt, rest in prose}.values())
-    draw.shuffle(prose)
+    passages = [found for text in paragraphs() if (found := _prose(text))]
+    passages = list({prompt: (prompt, rest) for prompt, rest in passages}.values())
+    draw.shuffle(passages)
     numbers = range(1, LARGEST + 1)
-    chains = [make_sum(a, b, c) for a in numbers for b in numbers for c in range(1, a + b + 1)]
-    draw.shuffle(chains)
-    half, rest = held_out // 2, prompts // 2
-    records = [
-        [{"prompt": prompt} for prompt, _ in prose[: 2 * half + rest]],
-        [{"prompt": prompt, "answer": answer(text)} for prompt, text in chains[: 2 * half + rest]],
-    ]
-    validation, test, train = (
-        [record for pair in zip(*(part[a:b] for part in records), strict=True) for record in pair]
-        for a, b in ((0, half), (half, 2 * half), (2 * half, 2 * half + rest))
-    )
+    twins = [(a, b, c) for a in numbers for b in range(a, LARGEST + 1) for c in range(1, a + b + 1)]
+    draw.shuffle(twins)
+    half = prompts // 2
+
+    def held_out(size: int) -> list[dict]:
+        """A sum of each of the next twins, in either order."""
+        found = []
+        for a, b, c in (twins.pop() for _ in range(size)):
+            a, b = draw.choice(((a, b), (b, a)))
+            prompt, solution = make_sum(a, b, c)
+            found.append({"prompt": prompt, "answer": answer(solution), "solution": solution})
+        return found
+
+    known = [{"prompt": prompt} for prompt, _ in passages[: prose + half]]
+    test = held_out(sums) + known[:prose]
+    checked = held_out(validation)
+    train = [record for both in zip(known[prose:], held_out(half), strict=True) for record in both]
     # The language is learned from what is in no split.
-    documents = [prompt + text for prompt, text in prose[2 * half + rest :] + chains[2 * half + rest :]]
+    chains = [make_sum(*operands, c) for a, b, c in twins for operands in dict.fromkeys(((a, b), (b, a)))]
+    documents = [prompt + text for prompt, text in passages[prose + half :] + chains]
     draw.shuffle(documents)
-    return Texts(documents, train, validation, test)
+    return Texts(documents, train, checked, test)
 
 
 def make_sum(a: int, b: int, c: int) -> tuple[str, str]:
@@ -69,4 +77,4 @@ def _prose(text: str) -> tuple[str, str] | None:
     words = re.findall(r"\s*\S+", " ".join(text.split()))
     if len(words) < 2 * WORDS:
         return None
-    return "".join(words[:WORDS]).strip() + "\n", "".join(words[WORDS : 8 * WORDS]).strip()
+    return "".join(words[:WORDS]).strip() + "\n", "".join(words[WORDS : 3 * WORDS]).strip()

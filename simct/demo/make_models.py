@@ -125,9 +125,24 @@ def train(config, tokenizer, corpus: list[str], *, steps: int, seed: int, batch:
     """A plain language model: next-token cross entropy on paragraphs, each closed by the end-of-text token."""
     torch.manual_seed(seed)
     model = AutoModel.from_config(config).float()
-    documents = [ids + [tokenizer.eos_token_id] for ids in tokenizer(corpus)["input_ids"]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20 + 1, steps)
+    for step, (ids, labels) in enumerate(batches(tokenizer, corpus, steps, seed, batch)):
+        loss = model(input_ids=ids, attention_mask=(labels != -100).long(), labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"{config.model_type} step {step:5d} loss {loss.item():.3f}", flush=True)
+    return model
+
+
+def batches(tokenizer, corpus: list[str], steps: int, seed: int, batch: int = 32):
+    """For each step its token ids [batch, width] and labels, -100 where there is filling; each text is closed by the end-of-text
+    token."""
+    documents = [ids + [tokenizer.eos_token_id] for ids in tokenizer(corpus)["input_ids"]]
     draw = random.Random(seed)
     for step in range(steps):
         # Documents of like length share a batch: less padding.
@@ -140,17 +155,9 @@ def train(config, tokenizer, corpus: list[str], *, steps: int, seed: int, batch:
         labels = torch.full((batch, width), -100)
         for row, document in enumerate(chosen):
             ids[row, : len(document)] = labels[row, : len(document)] = torch.tensor(document)
-        loss = model(input_ids=ids, attention_mask=(labels != -100).long(), labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 100 == 0 or step == steps - 1:
-            print(f"{config.model_type} step {step:5d} loss {loss.item():.3f}", flush=True)
+        yield ids, labels
         if (step + 1) % len(documents) == 0:
             draw.shuffle(documents)
-    return model
 
 
 def save(model, tokenizer, folder: Path) -> None:

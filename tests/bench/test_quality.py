@@ -1,25 +1,31 @@
-"""The quality study: its texts, its tokenizers, and a whole run at tiny sizes."""
+"""The quality study: its texts, its order, its statistics, its sampler, and a whole run at tiny sizes."""
 
 import csv
+import math
 import os
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.quality import gradients, settings, show
-from bench.quality.__main__ import Results
-from bench.quality.arms import ARMS
+from bench.quality import contrasts, gradients
+from bench.quality.arms import ARMS, CORE, LADDER
 from bench.quality.means import mean_with_error
-from bench.quality.runs import Plan, run
-from bench.quality.settings import STUDENTS, TEACHER, Size, prepare
+from bench.quality.results import Results
+from bench.quality.runs import Data, Key, run
+from bench.quality.sampling import LlamaSampler, engine
+from bench.quality.settings import STUDENTS, TEACHER, Size, draw_teacher, is_made, make_model
+from bench.quality.study import QUICK, Design, rates, tasks
 from bench.quality.texts import answer, make_sum, make_texts
 from bench.record import REPOSITORY
 from simct import SimCTConfig, TokenizerPair
 from simct.demo import ASSETS
+from simct.rollouts.protocol import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +34,27 @@ def texts():
     some = {"stdlib": str(Path(sysconfig.get_paths()["stdlib"]) / "asyncio")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sysconfig, "get_paths", lambda: some)
-        return make_texts(prompts=64, held_out=16)
+        return make_texts(prompts=32, validation=8, sums=8, prose=8)
 
 
-def test_no_prompt_is_in_two_places(texts):
-    splits = [{record["prompt"] for record in part} for part in (texts.train, texts.validation, texts.test)]
-    assert [len(part) for part in splits] == [64, 16, 16]
-    assert not (splits[0] & splits[1] or splits[0] & splits[2] or splits[1] & splits[2])
-    for document in texts.documents:
-        prompt = document.split("\n")[0] + "\n"
-        assert not any(prompt in part for part in splits)
-    for part in (texts.train, texts.validation, texts.test):
-        assert sum("answer" in record for record in part) == len(part) // 2
+def operands(prompt: str) -> tuple:
+    """Of a sum, without their order."""
+    sides, subtracted = prompt.strip().split("-")
+    return (*sorted(map(int, sides.split("+"))), int(subtracted))
+
+
+def test_no_prompt_is_in_two_places_and_no_sum_with_its_operands_swapped(texts):
+    splits = texts.train, texts.validation, texts.test
+    assert [len(part) for part in splits] == [32, 8, 16]
+    assert [sum("answer" in record for record in part) for part in splits] == [16, 8, 8]
+    prompts = [{record["prompt"] for record in part} for part in splits]
+    sums = [{operands(r["prompt"]) for r in part if "answer" in r} for part in splits]
+    written = {document.split("\n")[0] + "\n" for document in texts.documents}
+    known = {operands(prompt) for prompt in written if prompt[0].isdigit() and "+" in prompt}
+    for found, rest in (prompts, written), (sums, known):
+        for i, part in enumerate(found):
+            assert part and not part & rest and not any(part & other for other in found[i + 1 :])
+    assert any(a != b for a, b, _ in known) and (1, 2, 1) in {(a, b, c) for part in (*sums, known) for a, b, c in part}
 
 
 def test_sums_and_their_answers():
@@ -50,7 +65,7 @@ def test_sums_and_their_answers():
 @pytest.mark.slow
 def test_the_mismatch_is_dialled():
     """In all texts of the study."""
-    texts = make_texts(prompts=64, held_out=16)
+    texts = make_texts(prompts=64)
     teacher = TEACHER.make(texts.documents)
     samples = [document.split("\n", 1)[1] for document in texts.documents[:200]]
     single = {}
@@ -65,30 +80,82 @@ def test_every_arm_is_a_configuration(tmp_path):
         SimCTConfig(output_dir=str(tmp_path), use_cpu=True, **arm.options)
 
 
-def test_the_learning_rate_is_chosen_on_the_validation_prompts():
-    def row(rate, reverse, forward, split="validation"):
-        kl = {"reverse_kl_per_byte": reverse, "forward_kl_per_byte": forward}
-        return {"setting": "fine", "arm": "simct", "learning_rate": rate, "split": split, **kl}
-
-    rows = [row("0.1", "3", "1"), row("0.2", "1.5", "2"), row("0.3", "0", "0", "test"), row("0.4", "4", "4")]
-    assert show.best_rate(rows, "fine", "simct") == 0.2
+def row(pair, arm, rate, seed, split, **judged):
+    return {"pair": pair, "arm": arm, "learning_rate": str(rate), "seed": str(seed), "split": split, **judged}
 
 
-def test_differences_are_by_seed():
-    def row(arm, seed, value, split="test", rate=0.1):
-        judged = dict.fromkeys(show.COMPARED, str(value))
-        return {"setting": "fine", "arm": arm, "seed": seed, "split": split, "learning_rate": rate, **judged}
+def test_the_learning_rate_is_the_best_on_validation_sums_and_the_grid_grows_on_an_edge():
+    design = Design()
 
+    def chosen(accuracies):
+        rows = [row("fine", "simct", rate, 0, "validation", accuracy=str(found)) for rate, found in accuracies.items()]
+        return rates(design, [*rows, row("fine", "simct", 1e-3, 1, "test", accuracy="1")], "fine", "simct")
+
+    assert chosen({}) == ([1e-4, 3e-4, 1e-3], None)
+    inner = {1e-4: 0.2, 3e-4: 0.5, 1e-3: 0.4}
+    assert chosen(inner) == ([1e-4, 3e-4, 1e-3], 3e-4)
+    assert chosen(inner | {1e-4: 0.6}) == ([3e-5, 1e-4, 3e-4, 1e-3], None)
+    assert chosen(inner | {1e-4: 0.6, 3e-5: 0.7}) == ([3e-5, 1e-4, 3e-4, 1e-3], 3e-5)
+    assert chosen(inner | {1e-3: 0.6, 3e-3: 0.1}) == ([1e-4, 3e-4, 1e-3, 3e-3], 1e-3)
+
+
+def test_a_seed_has_all_its_arms_before_the_next():
+    design = Design()
     rows = [
-        row("strict", "1", 1.0),
-        row("strict", "2", 5.0),
-        row("simct", "2", 4.5),
-        row("simct", "1", 0.7),
-        row("simct", "3", 9),
+        row(pair, arm, rate, 0, "validation", accuracy="0.9" if rate == 3e-4 else "0.1")
+        for pair in design.pairs
+        for arm in ARMS
+        for rate in LADDER
     ]
-    rows += [row(arm, "0", 1.0, "validation") for arm in ("strict", "simct")]
-    rows += [row("simct", seed, 100.0, rate=0.2) for seed in "123"]  # another learning rate than the best
-    assert show.differences(rows, "fine", "simct", "strict")[0] == "-0.400 ± 0.100"
+    found = [task.key for task in tasks(design, rows) if task.kind == "run" and task.key.split == "test"]
+    first = [key for key in found if key.pair in ("nested", "digits")]
+    assert [key.seed for key in first] == sorted(key.seed for key in first) and found[: len(first)] == first
+    of_first_seed = [key.arm for key in first if key.seed == 1 and key.pair == "nested"]
+    assert of_first_seed == ["none", *CORE, "strict-top16", "disjoint"]
+    assert {key.learning_rate for key in found if key.arm != "none"} == {3e-4}
+    assert len(found) == (6 + 3 + 6 + 3) * (1 + len(ARMS)) == len(set(found))
+    # Nothing is chosen yet: no test run of an arm.
+    assert {task.key.arm for task in tasks(design, []) if task.key and task.key.split == "test"} == {"none"}
+
+
+def test_contrasts_are_paired_by_seed_and_corrected():
+    design = replace(Design(), groups=(("fine",),))
+    rows = [
+        row("fine", arm, rate, 0, "validation", accuracy=str(best if rate == 3e-4 else 0.1))
+        for arm, best in {"sft": 0.9, "strict": 0.5, "simct": 0.6, "kd": 0.9}.items()
+        for rate in LADDER
+    ]
+    levels = {"sft": 0.40, "strict": 0.50, "simct": 0.505}
+    own = {1: 0.0, 2: 0.2, 3: -0.1, 4: 0.1}  # what a seed's arms have in common cancels
+    extra = {"sft": 0.0, "strict": 0.0, "simct": 0.01}
+    rows += [
+        row(
+            "fine",
+            arm,
+            3e-4,
+            seed,
+            "test",
+            accuracy=str(level + shift + extra[arm] * (seed - 2.5)),
+            forward_kl_per_byte="0.3",
+        )
+        for arm, level in levels.items()
+        for seed, shift in own.items()
+    ]
+    rows += [row("fine", "simct", 1e-3, 1, "test", accuracy="9", forward_kl_per_byte="9")]  # not its rate
+    rows += [
+        row("fine", "strict", 3e-4, 5, "test", accuracy="9", forward_kl_per_byte="9")
+    ]  # a seed that the others lack
+    found = {(one.name, one.judge): one for one in contrasts.of_study(design, rows)}
+    gain = found["best on-policy - SFT", "accuracy"]
+    assert (gain.arm, gain.seeds, gain.df) == ("simct", ("1", "2", "3", "4"), 3)
+    # By hand: differences .09, .10, .11, .12; their standard error is sqrt(5/3)/2 hundredths, t(3) at 97.5 % is 3.182.
+    error = 0.01 * math.sqrt(5 / 3) / 2
+    assert gain.mean == pytest.approx(0.105) and gain.high - gain.mean == pytest.approx(3.1824 * error, rel=1e-4)
+    assert gain.holm == pytest.approx(4 * gain.p) and gain.verdict == "better"
+    same = found["SimCT - strict", "accuracy"]
+    assert same.mean == pytest.approx(0.005) and same.verdict == "equivalent within ±5 points"
+    assert found["SimCT - strict", "forward_kl_per_byte"].verdict == "not decided"
+    assert contrasts.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
 def test_mean_with_error():
@@ -96,22 +163,60 @@ def test_mean_with_error():
     assert mean == 3.0 and error == pytest.approx((14 / 2 / 3) ** 0.5)
 
 
-def test_a_run_is_repeatable_and_is_not_run_again(tmp_path, texts, monkeypatch):
-    # Its models are made in this process; `test_quick_study` has those of processes of their own.
-    monkeypatch.setattr(settings, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
-    sizes = {"teacher": Size(32, 1, 2), "student": Size(32, 1, 1)}
-    prepare(tmp_path, ["digits"], texts, sizes, progress=lambda line: None)
-    plan = Plan(steps=2, prompts=4, tokens=16, log_every=1)
-    one = ("digits", "strict-strings", 3e-4, 1, "test")
-    first, again = (run(*one, tmp_path, texts, plan) for _ in range(2))
-    for row in first, again:
-        row[0].pop("seconds")
-    assert repr(first) == repr(again) and [row["step"] for row in first] == [2, 1, 2]
+def test_the_sampler_has_the_models_own_probabilities():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    sampler = engine(model)
+    assert isinstance(sampler, LlamaSampler)
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    drawn = sampler.generate(prompts, Sampling((0, 1), 0, 12, temperature=1.5, top_p=0.99), seed=3)
+    for prompt, response in zip(prompts, drawn, strict=True):
+        ids = torch.tensor([prompt + response.token_ids])
+        rows = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(1)
+        own = rows.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
+        assert torch.allclose(torch.tensor(response.logprobs), own, atol=1e-4), "filling, places or the cache"
+        assert (response.finish_reason == "stop") == (response.token_ids[-1] in (0, 1))
+        assert not {0, 1} & set(response.token_ids[:-1])
+    assert len({len(response.token_ids) for response in drawn}) > 1, "one ends before the others"
+    other = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "num_key_value_heads": 2}))
+    assert not isinstance(engine(other), LlamaSampler)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, texts):
+    """A teacher, a student that writes digits one by one, and the teacher's samples."""
+    folder = tmp_path_factory.mktemp("models")
+    made = {"teacher": (TEACHER, Size(32, 1, 2), 0), "digits": (STUDENTS["digits"], Size(32, 1, 1, until=0.4), 2)}
+    for name, (spelling, size, seed) in made.items():
+        spelling = replace(spelling, size=320)
+        make_model(folder / name, spelling, size, texts, seed)
+        assert is_made(folder / name, spelling, size, texts, seed)
+        assert not is_made(folder / name, spelling, size, texts, seed + 1)
+    drawn = draw_teacher(folder / "teacher", texts, responses=24, tokens=24)
+    return folder, Data(texts.train, texts.test, drawn["train"], drawn["test"])
+
+
+SMALL = replace(QUICK.test, steps=2, every=1)
+
+
+@pytest.mark.parametrize("arm", ["strict-top16", "kd", "sft"])
+def test_a_run_is_repeatable_and_is_not_run_again(tmp_path, tiny, arm):
+    folder, data = tiny
+    key = Key("digits", arm, 3e-4, 1, "test")
+    first, again = (run(key, folder / "digits", folder / "teacher", data, SMALL) for _ in range(2))
+    for rows in first, again:
+        assert rows[0].pop("seconds") > rows[0].pop("train_seconds") > 0
+    assert repr(first) == repr(again) and [r.get("step") for r in first] == [None, 0, 1, 2]
+    assert first[1]["forward_kl_per_byte"] != first[3]["forward_kl_per_byte"], "it learned something"
     results = Results(tmp_path)
-    assert not results.has(one)
+    assert not results.has(key)
     results.add(first)
-    assert Results(tmp_path).has(one) and not Results(tmp_path).has((*one[:3], 2, "test"))
-    assert len(Results(tmp_path).curves) == 2
+    assert Results(tmp_path).has(key) and not Results(tmp_path).has(key._replace(seed=2))
+    assert len(Results(tmp_path).curves) == 3 and Results(tmp_path).rows[0]["commit"]
 
 
 def test_gradients_by_option(tmp_path):
@@ -138,20 +243,17 @@ def test_extensions_are_longer_and_begin_alike():
     assert sorted(found.of(b"a").tolist()) == [1, 3, 5] and found.of(b"abc").tolist() == [] == found.of(b"z").tolist()
 
 
-@pytest.mark.slow
 def test_quick_study(tmp_path):
     command = [sys.executable, "-m", "bench.quality", "--quick", "--output", str(tmp_path), "--workers", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    with (tmp_path / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["arm"] for row in rows} == {"none", "strict", "simct", "sft"}
-    assert all(float(row["forward_kl_per_byte"]) > 0 for row in rows)
+    found = Results(tmp_path)
+    assert {row["arm"] for row in found.rows} == {"none", "strict", "simct", "sft"}
+    assert all(float(row["forward_kl_per_byte"]) > 0 for row in found.rows)
     tables = (tmp_path / "tables.md").read_text()
-    assert tables.count("±") == 1 + 4 * 7 + 2 * 3 + 4 * 7, (
-        "the arms' own, two of them less the first, and the highest rate"
-    )
-    assert "SimCT (paper)" in tables
-    for name in "summary", "rates", "curves", "collapse":
+    assert "SimCT (paper) − strict: 1:1 units" in tables and "| SimCT (paper) | 2 | 0.0003 |" in tables
+    for name in "rates", "curves":
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    again = subprocess.run([*command, "--show"], env=environment, cwd=REPOSITORY, capture_output=True, text=True)
+    assert again.returncode == 0 and (tmp_path / "tables.md").read_text() == tables

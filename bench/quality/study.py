@@ -1,0 +1,109 @@
+"""What the study runs, and in which order: CONTRASTS.md says it in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from .arms import CORE, FIRST, FURTHER, LADDER, QUICK_ARMS
+from .judges import Scope
+from .runs import Key, Plan
+from .settings import QUICK_SIZES, SIZES, Size
+
+Rows = list[dict[str, Any]]
+
+
+class Task(NamedTuple):
+    """`kind`: "teacher", "data" (the teacher's samples), "student" or "run"."""
+
+    kind: str
+    pair: str = ""
+    seed: int = 0
+    key: Key | None = None
+
+
+@dataclass(frozen=True)
+class Design:
+    """`groups`: pairs that are run side by side; `seeds`: of each pair, beside seed 0, which learning rates are chosen on."""
+
+    groups: tuple[tuple[str, ...], ...] = (("nested", "digits"), ("fine",), ("trailing",))
+    seeds: dict[str, int] = field(default_factory=lambda: {"nested": 6, "digits": 3, "fine": 6, "trailing": 3})
+    arms: tuple[tuple[str, ...], ...] = (tuple(CORE), tuple(FURTHER))
+    ladder: tuple[float, ...] = LADDER
+    first: slice = FIRST
+    test: Plan = Plan()
+    sizes: dict[str, Size] = field(default_factory=lambda: SIZES)
+    prompts: dict[str, int] = field(default_factory=dict)  # of `make_texts`
+    short: dict[str, float] = field(default_factory=lambda: {"digits": 1 / 3})  # of the test plan's steps
+    choice: dict[str, float] = field(default_factory=lambda: {"digits": 1 / 4})  # 1/3 elsewhere
+
+    def plan(self, key: Key) -> Plan:
+        if key.split == "test":
+            return replace(self.test, steps=round(self.test.steps * self.short.get(key.pair, 1)))
+        steps = round(self.test.steps * self.choice.get(key.pair, 1 / 3))
+        return replace(self.test, steps=steps, every=steps, last=Scope(256, self.test.last.draws, 256))
+
+    @property
+    def pairs(self) -> list[str]:
+        return [pair for group in self.groups for pair in group]
+
+    def all_arms(self) -> list[str]:
+        return [arm for part in self.arms for arm in part]
+
+
+SMALL = Scope(sums=8, draws=2, texts=8)
+QUICK = Design(
+    groups=(("nested",),), seeds={"nested": 2}, arms=(QUICK_ARMS,), ladder=LADDER[2:3], first=slice(0, 1),
+    test=Plan(steps=3, prompts=4, tokens=16, every=1, last=replace(SMALL, whole=True), along=SMALL), sizes=QUICK_SIZES,
+    prompts={"prompts": 32, "validation": 8, "sums": 8, "prose": 8},
+)  # fmt: skip
+
+
+def tasks(design: Design, rows: Rows) -> Iterator[Task]:
+    """All of them in order, also those that are done. The learning rates of an arm's test runs are known once `rows` holds what
+    they are chosen by."""
+    yield Task("teacher")
+    for group in design.groups:
+        for pair in group:
+            yield Task("student", pair, 0)
+        yield Task("data")
+        for arms in design.arms:
+            for pair in group:
+                for arm in arms:
+                    for rate in rates(design, rows, pair, arm)[0]:
+                        yield Task("run", pair, 0, Key(pair, arm, rate, 0, "validation"))
+        for seed in range(1, max(design.seeds[pair] for pair in group) + 1):
+            own = [pair for pair in group if seed <= design.seeds[pair]]
+            for pair in own:
+                yield Task("student", pair, seed)
+            for pair in own:
+                yield Task("run", pair, seed, Key(pair, "none", 0.0, seed, "test"))
+            for arms in design.arms:
+                for pair in own:
+                    for arm in arms:
+                        best = rates(design, rows, pair, arm)[1]
+                        if best is not None:
+                            yield Task("run", pair, seed, Key(pair, arm, best, seed, "test"))
+
+
+def rates(design: Design, rows: Rows, pair: str, arm: str) -> tuple[list[float], float | None]:
+    """The learning rates that an arm is tried at, as far as is known, and the best of them once all have been: by the sampled
+    accuracy on validation sums. While the best is on an edge, the ladder's next one is tried."""
+    found = {
+        float(row["learning_rate"]): float(row["accuracy"])
+        for row in rows
+        if (row["pair"], row["arm"], row["split"]) == (pair, arm, "validation")
+    }
+    low, high, _ = design.first.indices(len(design.ladder))
+    while True:
+        tried = list(design.ladder[low:high])
+        if any(rate not in found for rate in tried):
+            return tried, None
+        best = max(tried, key=found.__getitem__)
+        if best == tried[0] and low > 0:
+            low -= 1
+        elif best == tried[-1] and high < len(design.ladder):
+            high += 1
+        else:
+            return tried, best
