@@ -70,30 +70,38 @@ class Study:
         self.made = {task for task in tasks(design, results.rows) if task.kind != "run" and self._is_made(task)}
 
     def finish(self, workers: int) -> None:
-        """Everything that is left, in the order of `tasks`: each free process takes the first that can be done."""
+        """Everything that is left, in the order of `tasks`: each free process takes the first that can be done. What fails is told, and
+        left for the next call; RuntimeError at the end then."""
         context = multiprocessing.get_context("spawn")  # forked threads of torch would wait for ever
         running: dict[Future, tuple[Task, float]] = {}
+        failed: set[Task] = set()
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
             while True:
-                while len(running) < workers and (task := self._next({t for t, _ in running.values()})):
+                while len(running) < workers and (task := self._next(failed | {t for t, _ in running.values()})):
                     running[pool.submit(*self._call(task))] = task, time.perf_counter()
                 if not running:
-                    return
+                    break
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
                     task, begun = running.pop(done)
+                    name = " ".join(map(str, task.key or (task.kind, task.pair, task.seed)))
+                    if done.exception() is not None:
+                        failed.add(task)
+                        self.console.print(f"{name}: {done.exception()!r}", markup=False)
+                        continue
                     found = done.result()
                     if task.kind == "run":
                         self.results.add(found)
                     else:
                         self.made.add(task)
-                    name = " ".join(map(str, task.key or (task.kind, task.pair, task.seed)))
                     told = f", accuracy {found[0]['accuracy']:.1%}" if task.kind == "run" else ""
                     self.console.print(f"{time.strftime('%H:%M:%S')} {name}: {time.perf_counter() - begun:.0f} s{told}")
+        if failed:
+            raise RuntimeError(f"{len(failed)} of the study's tasks failed: their reasons are above")
 
-    def _next(self, running: set[Task]) -> Task | None:
+    def _next(self, taken: set[Task]) -> Task | None:
         for task in tasks(self.design, self.results.rows):
             done = self.results.has(task.key) if task.kind == "run" else task in self.made
-            if not done and task not in running and self._needs(task) <= self.made:
+            if not done and task not in taken and self._needs(task) <= self.made:
                 return task
         return None
 

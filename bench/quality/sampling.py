@@ -1,4 +1,4 @@
-"""Samples from a small Llama on a CPU. `generate` takes milliseconds a token however small the model: most of a step of the study."""
+"""Samples from a small Llama on a CPU. `generate` takes milliseconds a token however small the model: most of a step here."""
 
 from __future__ import annotations
 

@@ -142,8 +142,8 @@ def sampled_accuracy(model, tokenizer, sums: list[dict], draws: int = 2, tokens:
 
 
 def draw_teacher(folder: Path, texts: Texts, responses: int, tokens: int) -> dict[str, list[dict]]:
-    """The teacher's samples at temperature 1, as records with `prompt` and `completion`: `train`, so many of the training prompts in
-    turn, and `validation` and `test`, one of each prompt.
+    """The teacher's samples at temperature 1, as records with `prompt` and `completion`: `train`, so many of the training prompts
+    in turn, and `validation` and `test`, one of each prompt.
 
     Args:
         tokens: of one sample, at most; more than a student's response may have, so that what does not end here is cut there.
