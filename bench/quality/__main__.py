@@ -70,8 +70,8 @@ class Study:
         self.made = {task for task in tasks(design, results.rows) if task.kind != "run" and self._is_made(task)}
 
     def finish(self, workers: int) -> None:
-        """Everything that is left, in the order of `tasks`: each free process takes the first that can be done. What fails is told, and
-        left for the next call; RuntimeError at the end then."""
+        """Everything that is left, in the order of `tasks`: each free process takes the first that can be done. What fails is told
+        and left for the next call; RuntimeError at the end then."""
         context = multiprocessing.get_context("spawn")  # forked threads of torch would wait for ever
         running: dict[Future, tuple[Task, float]] = {}
         failed: set[Task] = set()
