@@ -31,7 +31,7 @@ class Design:
     seeds: dict[str, int] = field(default_factory=lambda: {"nested": 6, "digits": 3, "fine": 6, "trailing": 3})
     arms: tuple[tuple[str, ...], ...] = (tuple(CORE), tuple(FURTHER))
     ladder: tuple[float, ...] = LADDER
-    first: slice = FIRST
+    first: tuple[int, int] = FIRST
     test: Plan = Plan()
     sizes: dict[str, Size] = field(default_factory=lambda: SIZES)
     prompts: dict[str, int] = field(default_factory=dict)  # of `make_texts`
@@ -54,7 +54,7 @@ class Design:
 
 SMALL = Scope(sums=8, draws=2, texts=8)
 QUICK = Design(
-    groups=(("nested",),), seeds={"nested": 2}, arms=(QUICK_ARMS,), ladder=LADDER[2:3], first=slice(0, 1),
+    groups=(("nested",),), seeds={"nested": 2}, arms=(QUICK_ARMS,), ladder=LADDER[2:3], first=(0, 1),
     test=Plan(steps=3, prompts=4, tokens=16, every=1, last=replace(SMALL, whole=True), along=SMALL), sizes=QUICK_SIZES,
     prompts={"prompts": 32, "validation": 8, "sums": 8, "prose": 8},
 )  # fmt: skip
@@ -95,7 +95,7 @@ def rates(design: Design, rows: Rows, pair: str, arm: str) -> tuple[list[float],
         for row in rows
         if (row["pair"], row["arm"], row["split"]) == (pair, arm, "validation")
     }
-    low, high, _ = design.first.indices(len(design.ladder))
+    low, high = design.first
     while True:
         tried = list(design.ladder[low:high])
         if any(rate not in found for rate in tried):
