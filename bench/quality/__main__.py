@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is to be fetched
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))  # of the processes to come
     folder = options.output or REPOSITORY / "bench" / "results" / "quality"
     if options.quick and options.output is None:
         parser.error("--quick needs --output: its numbers are not to be kept beside real ones")

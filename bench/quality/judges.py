@@ -78,7 +78,7 @@ class Judge:
         """Of each record's draws: whether they give its answer, and whether they end."""
         trainer = self.trainer
         sampling = replace(trainer.sampling, temperature=TEMPERATURE, top_p=1.0)
-        prompts = [trainer.student_prompt(record) for record in records for _ in range(times)]
+        prompts = [prompt for prompt in map(trainer.student_prompt, records) for _ in range(times)]
         drawn = trainer.generate(prompts, sampling, seed=17)
         own = [drawn[i : i + times] for i in range(0, len(drawn), times)]
         right = [

@@ -41,7 +41,7 @@ class Plan:
 
     steps: int = 1800
     prompts: int = 16  # of a step
-    tokens: int = 32  # of a response, at most
+    tokens: int = 24  # of a response, at most: a right one is done by then
     every: int = 150
     last: Scope = Scope(sums=500, draws=8, texts=750, whole=True)
     along: Scope = Scope(sums=128, draws=2, texts=192)

@@ -73,7 +73,7 @@ STUDENTS = {
     "fine": Spelling(512),
     "trailing": Spelling(1536, space="after"),
 }
-SIZES = {"teacher": Size(160, 4, 3000), "student": Size(96, 2, 3000, until=0.4)}
+SIZES = {"teacher": Size(128, 4, 2500), "student": Size(96, 2, 3000, until=0.4)}
 QUICK_SIZES = {"teacher": Size(48, 1, 40), "student": Size(32, 1, 20, until=0.4)}
 RATE = 2e-3
 AVERAGED = 0.98  # of the weights' moving average, which is what a student keeps: a run's end without its schedule
@@ -131,7 +131,7 @@ def warm_up(config, tokenizer, texts: Texts, size: Size, seed: int):
     return average.module, step
 
 
-def sampled_accuracy(model, tokenizer, sums: list[dict], draws: int = 2, tokens: int = 32) -> float:
+def sampled_accuracy(model, tokenizer, sums: list[dict], draws: int = 2, tokens: int = 24) -> float:
     """The share of draws at the judges' temperature that give a sum's answer."""
     end = tokenizer.eos_token_id
     prompts = tokenizer([record["prompt"] for record in sums for _ in range(draws)])["input_ids"]

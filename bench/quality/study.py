@@ -36,12 +36,12 @@ class Design:
     sizes: dict[str, Size] = field(default_factory=lambda: SIZES)
     prompts: dict[str, int] = field(default_factory=dict)  # of `make_texts`
     short: dict[str, float] = field(default_factory=lambda: {"digits": 1 / 3})  # of the test plan's steps
-    choice: dict[str, float] = field(default_factory=lambda: {"digits": 1 / 4})  # 1/3 elsewhere
+    choice: float = 1 / 4  # of its steps, to choose a learning rate
 
     def plan(self, key: Key) -> Plan:
         if key.split == "test":
             return replace(self.test, steps=round(self.test.steps * self.short.get(key.pair, 1)))
-        steps = round(self.test.steps * self.choice.get(key.pair, 1 / 3))
+        steps = max(1, round(self.test.steps * self.choice))
         return replace(self.test, steps=steps, every=steps, last=Scope(256, self.test.last.draws, 256))
 
     @property

@@ -9,6 +9,7 @@ import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,7 +19,7 @@ from bench.quality.arms import ARMS, CORE, LADDER
 from bench.quality.means import mean_with_error
 from bench.quality.results import Results
 from bench.quality.runs import Data, Key, run
-from bench.quality.sampling import LlamaSampler, engine
+from bench.quality.sampling import LlamaSampler, draw, engine
 from bench.quality.settings import STUDENTS, TEACHER, Size, draw_teacher, is_made, make_model
 from bench.quality.study import QUICK, Design, rates, tasks
 from bench.quality.texts import answer, make_sum, make_texts
@@ -182,6 +183,13 @@ def test_the_sampler_has_the_models_own_probabilities():
         assert (response.finish_reason == "stop") == (response.token_ids[-1] in (0, 1))
         assert not {0, 1} & set(response.token_ids[:-1])
     assert len({len(response.token_ids) for response in drawn}) > 1, "one ends before the others"
+    # Two tokens hold 0.9 of the mass, the third would be too many: it is never drawn, they are in proportion.
+    logits = np.log(np.tile(np.float32([0.05, 0.6, 0.05, 0.3]), (4000, 1)))
+    uniform = np.random.default_rng(0).random(4000)
+    counts = np.bincount(draw(logits, uniform, 1.0, 0.85, np.random.default_rng(1)), minlength=4) / 4000
+    assert counts[0] == counts[2] == 0 and abs(counts[1] - 2 / 3) < 0.03
+    counts = np.bincount(draw(logits, uniform, 0.5, 1.0, np.random.default_rng(1)), minlength=4) / 4000
+    assert abs(counts[1] - 0.36 / 0.455) < 0.03 and counts[0] > 0
     other = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "num_key_value_heads": 2}))
     assert not isinstance(engine(other), LlamaSampler)
 
