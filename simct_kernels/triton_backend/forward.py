@@ -113,6 +113,7 @@ def candidate_kernel(
             mask,
             student_inside,
             STREAM,
+            "",
         )
         t = load_logits(
             teacher,
@@ -125,7 +126,8 @@ def candidate_kernel(
             teacher_columns,
             mask,
             teacher_inside,
-            EVICT=KEEP,
+            "",
+            KEEP,
         )
         keep = (index < size) & mask
         if SUMS:

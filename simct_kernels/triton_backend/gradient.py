@@ -126,6 +126,7 @@ def gradient_kernel(
             read[:, None],
             inside_columns,
             STREAM,
+            "",
         )
         teacher_column = index
         if teacher_ids is not None:
@@ -141,7 +142,8 @@ def gradient_kernel(
             teacher_column,
             first[:, None],
             teacher_inside,
-            EVICT=KEEP,
+            "",
+            KEEP,
         )
         if left_out is not None:
             left_out_inside = (listed >= 0) & (index < left_out_width) & (index >= 0)

@@ -58,8 +58,8 @@ def load_logits(
     columns,
     row_mask,
     column_mask,
-    CACHE: tl.constexpr = "",  # what a load is to do with the caches: see Triton's tl.load
-    EVICT: tl.constexpr = "",
+    CACHE: tl.constexpr,  # what a load is to do with the caches, "" for nothing: see Triton's tl.load. No default: Triton 3.6
+    EVICT: tl.constexpr,  # takes one that is a string for a tensor
 ):
     """float32, as Side says; what is masked out reads as if `values` were 0 there."""
     pointers = values + rows * row_stride + columns.to(tl.int64) * column_stride
