@@ -102,6 +102,7 @@ class Launch:
             n
             for n in given
             if n in ("shared_index", "tokens", "logsumexp", "student_targets", "bias", "wanted", "gradient", "whole")
+            or n == "student_classes"
         ]
         read = next(
             types[name][1:] for name in ("values", "student", "weight", "hidden", "partial", "out") if name in types
@@ -262,6 +263,9 @@ def _run_linear(full_head: bool, gradient_dtype: torch.dtype, **options) -> None
 
 def _call_linear(full_head: bool, options: dict, repeats: int = 4) -> None:
     units, shared = _problem(repeats=repeats)
+    if full_head:
+        free = torch.tensor([[0, _SIZE + 1], [0, _SIZE + 2]])
+        shared = dataclasses.replace(shared, student_classes=free, teacher_classes=free)
     hidden = torch.zeros(len(units.student_tokens), 16, requires_grad=True)
     teacher = torch.zeros(len(units.teacher_tokens), 16)
     arguments = hidden, _head(full_head), teacher, _head(full_head), units, shared, LossOptions(**options)

@@ -154,6 +154,7 @@ def check_rows(name: str, matrix: Tensor, side: str, units: AlignedUnits) -> Non
 def check_ids(name: str, vocabulary: int, side: str, units: AlignedUnits, shared: SharedVocabulary) -> None:
     for owner, largest in (
         (f"shared.{side}_ids", getattr(shared, f"max_{side}_id")),
+        (f"shared.{side}_classes", getattr(shared, f"max_{side}_class_id")),
         (f"units.{side}_tokens", getattr(units, f"max_{side}_token")),
     ):
         if largest >= vocabulary:

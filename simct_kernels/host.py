@@ -6,6 +6,8 @@ the tensor, which must not be changed in place: units and shared vocabularies ar
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -41,3 +43,16 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
         elif tensor in _KEPT:
             keep_on_host(moved, _KEPT[tensor])
     return moved
+
+
+def moved(checked, device: torch.device | str):
+    """A copy with its tensors on `device`, not checked again: that would wait for the device."""
+    try:
+        device = torch.device(device)
+    except (TypeError, RuntimeError) as error:  # a dtype, say, which Tensor.to would take
+        raise ValueError(f"device must be a torch.device or its name, got {device!r}") from error
+    copied = copy.copy(checked)
+    for name, value in vars(checked).items():
+        if isinstance(value, Tensor):
+            object.__setattr__(copied, name, to_device(value, device))
+    return copied

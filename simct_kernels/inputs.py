@@ -1,4 +1,4 @@
-"""What a loss reads: a shared vocabulary, aligned units and an output head.
+"""What a loss reads: aligned units and an output head, beside the shared vocabulary of `shared`.
 
 Knows no tokenizer and no loss. Everything that can be checked without a model is checked here, once, at construction:
 the checks read the data, so on a GPU they wait for it, and the losses themselves need not.
@@ -6,7 +6,6 @@ the checks read the data, so on a GPU they wait for it, and the losses themselve
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from simct_kernels.host import to_device
+from simct_kernels.host import moved
+from simct_kernels.shared import SharedVocabulary
 from simct_kernels.values import (
     check_device,
     check_float,
@@ -28,43 +28,6 @@ from simct_kernels.values import (
     is_number,
     refuse_any,
 )
-
-
-@dataclass(frozen=True, eq=False)
-class SharedVocabulary:
-    """The K tokens that both vocabularies spell with the same bytes: pair k is (student_ids[k], teacher_ids[k]).
-
-    Raises ValueError for anything but int64 vectors of one length >= 1 on one device, without negative or repeated ids,
-    student_ids ascending.
-    """
-
-    student_ids: Tensor  # int64 [K], ascending, no duplicates
-    teacher_ids: Tensor  # int64 [K], no duplicates
-
-    def __post_init__(self) -> None:
-        check_vector("student_ids", self.student_ids)
-        check_vector("teacher_ids", self.teacher_ids, like=("student_ids", self.student_ids))
-        if len(self) == 0:
-            raise ValueError("student_ids is empty: the two vocabularies must share at least one token")
-        check_least("student_ids", self.student_ids, 0)
-        check_least("teacher_ids", self.teacher_ids, 0)
-        refuse_any(
-            "student_ids", self.student_ids[1:], self.student_ids.diff() <= 0, "must be ascending without duplicates"
-        )
-        ascending, order = self.teacher_ids.sort()
-        refuse_any("teacher_ids", ascending[1:], ascending.diff() == 0, "must not repeat an id")
-        # Where a teacher's id stands among the pairs is looked up in these: pair order[i] has id ascending[i].
-        object.__setattr__(self, "ascending_teacher_ids", ascending)
-        object.__setattr__(self, "teacher_order", order)
-        # Kept as Python numbers, so that comparing them with a head's vocabulary never waits for a GPU.
-        object.__setattr__(self, "max_student_id", int(self.student_ids[-1]))
-        object.__setattr__(self, "max_teacher_id", int(ascending[-1]))
-
-    def __len__(self) -> int:
-        return self.student_ids.shape[0]
-
-    def to(self, device: torch.device | str) -> SharedVocabulary:
-        return moved(self, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,13 +107,10 @@ class AlignedUnits:
         return _covered(self.teacher_length, self.teacher_tokens)
 
     def has_continuation(self, shared: SharedVocabulary) -> Tensor:
-        """bool [G]: the unit is not single, or the pair of tokens that realises it is not a shared pair."""
+        """bool [G]: the unit is not single, or the tokens that realise it are neither a shared pair nor of one class."""
         check_type("shared", shared, SharedVocabulary, "a SharedVocabulary")
-        student_token = self.student_tokens[self.student_start]
-        teacher_token = self.teacher_tokens[self.teacher_start]
-        index = torch.searchsorted(shared.student_ids, student_token).clamp(max=len(shared) - 1)
-        is_shared = (shared.student_ids[index] == student_token) & (shared.teacher_ids[index] == teacher_token)
-        return ~(self._is_single() & is_shared)
+        held = shared.holds(self.student_tokens[self.student_start], self.teacher_tokens[self.teacher_start])
+        return ~(self._is_single() & held)
 
     def single(self) -> AlignedUnits:
         """The units with one token on each side, over the same rows."""
@@ -332,19 +292,6 @@ class LMHead:
 
 # By weight, not by head: the custom ops put heads together again at every call.
 _ROW_CACHE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def moved(checked, device: torch.device | str):
-    """A copy with its tensors on `device`, not checked again: that would wait for the device."""
-    try:
-        device = torch.device(device)
-    except (TypeError, RuntimeError) as error:  # a dtype, say, which Tensor.to would take
-        raise ValueError(f"device must be a torch.device or its name, got {device!r}") from error
-    copied = copy.copy(checked)
-    for name, value in vars(checked).items():
-        if isinstance(value, Tensor):
-            object.__setattr__(copied, name, to_device(value, device))
-    return copied
 
 
 def _covered(length: Tensor, tokens: Tensor) -> float:

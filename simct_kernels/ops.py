@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -22,10 +22,15 @@ from simct_kernels.options import LossOptions
 from simct_kernels.torch_backend.job import compute_dtype
 
 _UNITS = tuple(field.name for field in dataclasses.fields(AlignedUnits))
-_SHARED = ("student_ids", "teacher_ids", "ascending_teacher_ids", "teacher_order")
+_SHARED = {
+    **dict.fromkeys(("student_ids", "teacher_ids", "ascending_teacher_ids", "teacher_order"), "Tensor"),
+    **dict.fromkeys(("student_classes", "teacher_classes"), "Tensor?"),
+    "class_count": "SymInt",
+}
 # What every op takes after its own inputs. A chunk_rows of None is "auto".
 _COMMON = (
-    ", ".join(f"Tensor{'?' * (name == 'left_out')} {name}" for name in (*_UNITS, *_SHARED))
+    ", ".join(f"Tensor{'?' * (name == 'left_out')} {name}" for name in _UNITS)
+    + "".join(f", {kind} {name}" for name, kind in _SHARED.items())
     + ", float beta, float temperature, str score, str candidates, SymInt? top_k, float? teacher_mass_floor"
     + ", SymInt? chunk_rows, str backend"
 )
@@ -124,7 +129,7 @@ def _unflatten(common: tuple) -> tuple[AlignedUnits, SharedVocabulary, LossOptio
     return units, shared, options, "auto" if chunk_rows is None else chunk_rows, backend
 
 
-def _unchecked(cls, names: tuple[str, ...], values: tuple):
+def _unchecked(cls, names: Iterable[str], values: tuple):
     """An instance that was checked before it was taken apart: checking reads the data, which waits for a GPU."""
     made = object.__new__(cls)
     for name, value in zip(names, values, strict=False):

@@ -66,6 +66,21 @@ def token_statistics(
     return TokenStatistics(*columns)
 
 
+@torch.no_grad()
+def ids_probability(
+    hidden: Tensor,  # [N, H]
+    head: LMHead,
+    ids: Tensor,  # int64 [M]
+    logsumexp: Tensor,  # float32 [N], of the rows: see token_statistics
+) -> Tensor:
+    """float32 [N]: the summed probability of `ids` in each row. Reads M rows of the head."""
+    dtype = torch_backend.compute_dtype(hidden, head.weight)
+    source = LinearRows(hidden, head, ids.new_empty(0), dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = source.pick_same(torch.arange(len(hidden), device=hidden.device), ids)
+    return (logits.float() - logsumexp[:, None]).exp().sum(dim=1)
+
+
 def candidate_mass(
     hidden: Tensor,  # [N_t, H], or [N_s, H] for the student
     head: LMHead,
@@ -79,7 +94,7 @@ def candidate_mass(
 ) -> Tensor:
     """float32 [G]: the probability that one side puts on each unit's candidates, `teacher_mass_floor`'s measure.
 
-    It is the sum of the shared candidates' probabilities and, where there is a continuation, exp of its score (Eq. 7).
+    It is the sum of the shared candidates' and classes' probabilities and, where there is a continuation, exp of its score (Eq. 7).
     That score is a mean log-probability, unless `score` is another, so that the sum may pass 1. Options and errors are
     those of `linear_simct_loss`.
     """

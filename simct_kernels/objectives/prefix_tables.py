@@ -15,7 +15,7 @@ from os.path import commonprefix
 import torch
 from torch import Tensor
 
-from simct_kernels.inputs import moved
+from simct_kernels.host import moved
 from simct_kernels.values import check_device, check_type, describe, is_dense
 
 _DTYPES = {

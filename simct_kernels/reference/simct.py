@@ -85,26 +85,36 @@ def topk_simct_loss(
     logits = _logits(student_hidden, student_head)
     has_continuation = units.has_continuation(shared).tolist()
     index_of = {token: index for index, token in enumerate(shared.teacher_ids.tolist())}
+    if shared.teacher_classes is not None:
+        index_of |= {token: len(shared) + number for number, token in shared.teacher_classes.tolist()}
     losses = [logits.flatten()[:0]]
     for g in range(len(units)):
         student_rows = slice(units.student_start[g], units.student_start[g] + units.student_length[g])
         teacher_rows = slice(units.teacher_start[g], units.teacher_start[g] + units.teacher_length[g])
         tokens, served = teacher_topk_ids[teacher_rows][0], teacher_topk_logprobs[teacher_rows][0]
-        teacher_score: dict[int, float] = {}
+        best: dict[int, float] = {}  # by token: a server may list one twice
         for token, logprob in zip(tokens.tolist(), served.tolist(), strict=True):
             if token in index_of and logprob != -math.inf:
-                before = teacher_score.get(index_of[token], -math.inf)
-                teacher_score[index_of[token]] = logprob if logprob > before or math.isnan(logprob) else before
+                before = best.get(token, -math.inf)
+                best[token] = logprob if logprob > before or math.isnan(logprob) else before
+        found: dict[int, list[float]] = {}
+        for token, logprob in best.items():
+            found.setdefault(index_of[token], []).append(logprob)
+        teacher_score = {
+            index: torch.tensor(terms, dtype=torch.float64).logsumexp(0).item() for index, terms in found.items()
+        }
         if has_continuation[g] and options.candidates == "disjoint":
             for index in units.left_out[units.left_out[:, 0] == g, 1].tolist():
                 teacher_score.pop(index, None)
         kept = torch.tensor(list(teacher_score), dtype=torch.int64, device=logits.device)
         t = logits.new_tensor(list(teacher_score.values()))
+        ids = shared.student_ids, shared.student_classes
         if options.top_k is not None:
-            choice = logits[student_rows][0, shared.student_ids[kept]].topk(min(options.top_k, len(kept))).indices
+            first = _candidate_logits(logits[student_rows][0], *ids)[kept]
+            choice = first.topk(min(options.top_k, len(kept))).indices
             kept, t = kept[choice], t[choice]
-        ids = shared.student_ids[kept]
-        s = _scores(logits[student_rows], units.student_tokens[student_rows], ids, has_continuation[g], options)
+        tokens = units.student_tokens[student_rows]
+        s = _scores(logits[student_rows], tokens, ids, kept, has_continuation[g], options)
         if has_continuation[g]:
             realised = teacher_token_logprobs[teacher_rows].detach().to(t.dtype)
             continuation = realised.sum() if options.score == "sum_logprob" else realised.mean()
@@ -129,14 +139,16 @@ def _unit_loss(
     has_continuation: bool,
     options: LossOptions,
 ) -> Tensor:
-    is_candidate = torch.ones(len(shared), dtype=torch.bool, device=shared.student_ids.device)
+    count = len(shared) + shared.class_count
+    is_candidate = torch.ones(count, dtype=torch.bool, device=shared.student_ids.device)
     is_candidate[left_out] = False
     kept = is_candidate.nonzero().squeeze(1)
+    ids, teacher_ids = (shared.student_ids, shared.student_classes), (shared.teacher_ids, shared.teacher_classes)
     if options.top_k is not None:
-        choice = student_logits[0, shared.student_ids[kept]].topk(min(options.top_k, len(kept))).indices
+        choice = _candidate_logits(student_logits[0], *ids)[kept].topk(min(options.top_k, len(kept))).indices
         kept = kept[choice]
-    s = _scores(student_logits, student_tokens, shared.student_ids[kept], has_continuation, options)
-    t = _scores(teacher_logits, teacher_tokens, shared.teacher_ids[kept], has_continuation, options)
+    s = _scores(student_logits, student_tokens, ids, kept, has_continuation, options)
+    t = _scores(teacher_logits, teacher_tokens, teacher_ids, kept, has_continuation, options)
 
     loss = _divergence(  # Eq. 8 and 9
         torch.log_softmax(s / options.temperature, dim=0),
@@ -155,18 +167,37 @@ def _unit_loss(
 def _scores(
     logits: Tensor,  # [k, V], the rows of one side
     tokens: Tensor,  # int64 [k]
-    ids: Tensor,  # int64 [C], the shared candidates
+    ids: tuple[Tensor, Tensor | None],  # of this side: int64 [K], and [M, 2] of the classes
+    kept: Tensor,  # int64 [C], which of the shared tokens and, from K on, classes are candidates
     has_continuation: bool,
     options: LossOptions,
 ) -> Tensor:
     """Eq. 7: the scores of the shared candidates and, if there is one, of the continuation: [C] or [C + 1]."""
     if not has_continuation:
-        return logits[0, ids]  # the log-sum-exp is one constant for all candidates: it cancels in the softmax
+        # The log-sum-exp is one constant for all candidates: it cancels in the softmax.
+        return _candidate_logits(logits[0], *ids)[kept]
     if options.normalises:
         logits = torch.log_softmax(logits, dim=1)
     realised = logits.gather(1, tokens[:, None]).squeeze(1)  # [k]
     continuation = realised.sum() if options.score == "sum_logprob" else realised.mean()
-    return torch.cat([logits[0, ids], continuation[None]])
+    return torch.cat([_candidate_logits(logits[0], *ids)[kept], continuation[None]])
+
+
+def _candidate_logits(
+    row: Tensor,  # [V]
+    ids: Tensor,  # int64 [K]
+    classes: Tensor | None,  # int64 [M, 2], rows (class, id)
+) -> Tensor:
+    """The logits of the shared tokens, then the log-sum-exps of the classes' logits: [K + classes]."""
+    logits = row[ids]
+    if classes is None:
+        return logits
+    sums = []
+    for number in range(int(classes[-1, 0]) + 1):
+        members = row[classes[classes[:, 0] == number, 1]]
+        members = members[members != -math.inf]  # of nothing but these, the derivative would be no number
+        sums.append(members.logsumexp(dim=0) if len(members) else row.new_tensor(-math.inf))
+    return torch.cat([logits, torch.stack(sums)])
 
 
 def _divergence(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:

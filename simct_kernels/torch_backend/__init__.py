@@ -9,12 +9,12 @@ from simct_kernels.torch_backend.job import (
     add_gradient,
     apply_job,
     candidate_mass,
-    candidate_scores,
     compute_dtype,
     linear_simct_loss,
     simct_loss,
 )
 from simct_kernels.torch_backend.job import LossJob as linear_job
+from simct_kernels.torch_backend.scores import candidate_scores
 from simct_kernels.torch_backend.topk import Job as topk_job
 from simct_kernels.torch_backend.topk import topk_simct_loss
 

@@ -1,4 +1,4 @@
-"""SimCT's loss in chunked PyTorch, on any device: candidate scores, their divergence, and its gradient by hand.
+"""SimCT's loss in chunked PyTorch, on any device: the divergence of candidate scores, and its gradient by hand.
 
 Single units read the K shared columns of each side; whole vocabularies are read for longer units only. A summed loss
 makes its gradients in the forward pass, chunk by chunk, so that each logit is made once: four products in all (two
@@ -8,7 +8,6 @@ backward pass, which makes the logits again.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,9 +17,11 @@ from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
 from simct_kernels.options import LossOptions
 from simct_kernels.torch_backend.autograd import apply_job
 from simct_kernels.torch_backend.blocks import BlockedRows
+from simct_kernels.torch_backend.classes import Classes, gather, take_classes
 from simct_kernels.torch_backend.divergence import divergence
-from simct_kernels.torch_backend.plan import Chunk, Part, plan_chunks, row_blocks, unit_blocks, without_dropped
-from simct_kernels.torch_backend.rows import LinearRows, LogitRows, Pending, Rows, add_repeated
+from simct_kernels.torch_backend.plan import Chunk, plan_chunks, row_blocks, unit_blocks, without_dropped
+from simct_kernels.torch_backend.rows import LinearRows, LogitRows, Pending, Rows
+from simct_kernels.torch_backend.scores import Scores, by_terms, candidate_scores, leave_out, mass_of
 
 # A unit's top_k columns are picked one by one (k head rows each) where that is at most a 16th of the K shared columns:
 # picked columns cost memory traffic, not arithmetic, so a product over all K is as fast above that.
@@ -84,11 +85,12 @@ def candidate_mass(
     )
     dtype = compute_dtype(hidden, head.weight)
     source = linear_rows(hidden, head, getattr(shared, f"{side}_ids"), dtype)
+    source.classes = Classes.of(shared, side)
     mass = torch.empty(len(units), dtype=dtype, device=hidden.device)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for chunk in chunks:
             scores = candidate_scores(source, getattr(chunk, side), chunk, options)
-            mass[chunk.units] = _mass(scores, _leave_out(scores.shared, chunk), options)
+            mass[chunk.units] = mass_of(scores, leave_out(scores.shared, chunk), options, scores.classes)
     return mass
 
 
@@ -152,6 +154,7 @@ class LossJob(Steps):
             ids = self.shared.student_ids
             student = self.linear_rows(student_input, self.student_head, ids, self.dtype, needs_grad=needs_grad)
             teacher = self.linear_rows(teacher_input, self.teacher_head, self.shared.teacher_ids, self.dtype)
+        student.classes, teacher.classes = (Classes.of(self.shared, side) for side in ("student", "teacher"))
         losses = torch.zeros(len(self.units), dtype=self.dtype, device=student_input.device)
         top_k = self.options.top_k or 0
         picks = 0 < top_k * PICK_SHARE <= len(self.shared)
@@ -181,29 +184,38 @@ class LossJob(Steps):
         self, chunk: Chunk, student: Rows, teacher: Rows, picks: bool, needs_grad: bool, weights: Tensor | None
     ) -> Tensor:
         """The losses [g] of a chunk's units; adds their gradient to `student`."""
-        options = self.options
+        options, size = self.options, len(self.shared)
         student_scores = self.candidate_scores(student, chunk.student, chunk, options)
-        s = _leave_out(student_scores.shared, chunk)  # [g, K]
+        s = leave_out(student_scores.shared, chunk)  # [g, K]
         chosen = None
-        if options.top_k is not None and options.top_k < s.shape[1]:
-            chosen = s.topk(options.top_k, sorted=False).indices  # [g, k]
-            s = s.gather(1, chosen)
+        if options.top_k is not None and options.top_k < size + self.shared.class_count:
+            every = s if student.classes is None else torch.cat([s, student_scores.classes.scores], dim=1)
+            chosen = every.topk(options.top_k, sorted=False).indices  # [g, k]
+            s = every.gather(1, chosen)
         teacher_scores = self.candidate_scores(teacher, chunk.teacher, chunk, options, chosen if picks else None)
         teacher_scores = replace(teacher_scores, logits=None)  # the largest tensor, read by now
-        t = _leave_out(teacher_scores.shared, chunk, chosen if picks else None)
+        t = leave_out(teacher_scores.shared, chunk, chosen if picks else None)
         if chosen is not None and not picks:
-            t = t.gather(1, chosen)
+            t = gather(t, teacher_scores.classes, chosen, size)
+        # Beside the columns of s and t: the classes, unless they are among the chosen, and the continuation.
+        beside, by_class = [], None
+        if chosen is None and student.classes is not None:
+            beside.append((student_scores.classes.scores, teacher_scores.classes.scores))
+            by_class = torch.empty_like(student_scores.classes.scores)
+        if chunk.has_continuation:
+            beside.append((student_scores.continuation[:, None], teacher_scores.continuation[:, None]))
 
         below = None
         if options.teacher_mass_floor is not None:
-            below = _mass(teacher_scores, t, options) < options.teacher_mass_floor
+            others = teacher_scores.classes if chosen is None else None
+            below = mass_of(teacher_scores, t, options, others) < options.teacher_mass_floor
         losses, by_continuation = s.new_empty(len(s)), s.new_empty(len(s))
         columns = s.shape[1]
         for rows in row_blocks(*s.shape, s.device):
             s_all, t_all = s[rows], t[rows]
-            if chunk.has_continuation:
-                s_all = torch.cat([s_all, student_scores.continuation[rows, None]], dim=1)
-                t_all = torch.cat([t_all, teacher_scores.continuation[rows, None]], dim=1)
+            if beside:
+                s_all = torch.cat([s_all, *(ours[rows] for ours, _ in beside)], dim=1)
+                t_all = torch.cat([t_all, *(theirs[rows] for _, theirs in beside)], dim=1)
             losses[rows], gradient = self.divergence(s_all, t_all, options, needs_grad)
             if gradient is None:
                 continue
@@ -214,98 +226,16 @@ class LossJob(Steps):
             if below is not None:
                 gradient.masked_fill_(below[rows, None], 0)
             t[rows] = gradient[:, :columns]  # the teacher's scores have been read
+            if by_class is not None:
+                by_class[rows] = gradient[:, columns : columns + by_class.shape[1]]
             if chunk.has_continuation:
-                by_continuation[rows] = gradient[:, columns]
+                by_continuation[rows] = gradient[:, -1]
         if below is not None:
             losses.masked_fill_(below, 0)
         if needs_grad:
-            self.add_gradient(student, chunk, student_scores, s, chosen, picks, t, by_continuation, options)
+            arguments = student, chunk, student_scores, s, chosen, picks, t, by_continuation, options, by_class
+            self.add_gradient(*arguments)
         return losses
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One side's scores of a chunk's candidates, up to a constant for each unit where its log-sum-exps cancel."""
-
-    shared: Tensor  # [g, K] or [g, k]
-    continuation: Tensor | None  # [g]
-    targets: Tensor | None  # [R], the logits of the rows' own tokens
-    logits: Tensor | None  # [R, V], where whole rows are read
-    logsumexp: Tensor | None  # [R], likewise
-    first_logsumexp: Tensor | None  # [g], likewise
-
-
-def candidate_scores(
-    source: Rows,
-    part: Part,
-    chunk: Chunk,
-    options: LossOptions,
-    columns: Tensor | None = None,  # int64 [g, k], the shared columns wanted; None: all K
-) -> Scores:
-    """Eq. 7 for one side."""
-    ids = source.shared_ids
-    logits = logsumexp = first_logsumexp = continuation = targets = None
-    if part.whole:
-        logits = source.whole(part.rows)
-        logsumexp = torch.cat([logits[block].logsumexp(1) for block in row_blocks(*logits.shape, logits.device)])
-        # A row with +inf has no softmax; minus an infinite log-sum-exp its other tokens would merely look impossible.
-        logsumexp.masked_fill_(logsumexp == math.inf, math.nan)
-        first_logsumexp = logsumexp[part.first]
-        if columns is None:
-            shared = logits.new_empty(len(part.first), len(ids))
-            for block in row_blocks(*logits.shape, logits.device):
-                shared[block] = logits[part.first[block]][:, ids]
-        else:
-            shared = logits[part.first[:, None], ids[columns]]
-        if options.normalises:
-            shared -= first_logsumexp[:, None]
-    elif columns is None:
-        shared = source.shared(part.first_rows)
-    else:
-        shared = source.pick(part.first_rows, ids[columns])
-    if chunk.has_continuation:
-        if logits is not None:
-            targets = logits.gather(1, part.tokens[:, None]).squeeze(1)
-        else:
-            targets = source.pick(part.rows, part.tokens[:, None]).squeeze(1)
-        terms = targets - logsumexp if part.whole and options.normalises else targets
-        continuation = continuation_scores(terms, part, options)
-    return Scores(shared, continuation, targets, logits, logsumexp, first_logsumexp)
-
-
-def continuation_scores(terms: Tensor, part: Part, options: LossOptions) -> Tensor:
-    """The scores [g] of a chunk's continuations, from the terms [R] of their rows."""
-    total = add_repeated(terms.new_zeros(len(part.length)), part.unit, terms)
-    return total if options.score == "sum_logprob" else total / part.length
-
-
-def by_terms(by_continuation: Tensor, part: Part, options: LossOptions) -> Tensor:
-    """The gradient [R] by the terms of `continuation_scores`, from that by the scores [g]."""
-    if options.score != "sum_logprob":
-        by_continuation = by_continuation / part.length
-    return by_continuation[part.unit]
-
-
-def _leave_out(shared: Tensor, chunk: Chunk, columns: Tensor | None = None) -> Tensor:
-    """Takes the candidates that `disjoint` leaves out away, in place, from scores of all K or of the given columns."""
-    if chunk.left_out is not None:
-        unit, index = chunk.left_out.T
-        if columns is None:
-            shared[unit, index] = -math.inf
-        else:
-            found = (columns[unit] == index[:, None]).int()  # [e, k]
-            shared.masked_fill_(torch.zeros_like(columns, dtype=torch.int32).index_add_(0, unit, found) > 0, -math.inf)
-    return shared
-
-
-def _mass(scores: Scores, shared: Tensor, options: LossOptions) -> Tensor:
-    """The probability [g] of the candidates, `shared` [g, K] and the continuation, of a side that reads whole rows."""
-    continuation = scores.continuation
-    if not options.normalises:
-        shared = shared - scores.first_logsumexp[:, None]
-        continuation = None if continuation is None else continuation - scores.first_logsumexp
-    mass = torch.cat([shared[rows].exp().sum(1) for rows in row_blocks(*shared.shape, shared.device)])
-    return mass if continuation is None else mass + continuation.exp()
 
 
 def add_gradient(
@@ -313,14 +243,19 @@ def add_gradient(
     chunk: Chunk,
     scores: Scores,
     s: Tensor,  # [g, C], the shared scores that the divergence saw
-    chosen: Tensor | None,  # int64 [g, C], their columns; None: all K
+    chosen: Tensor | None,  # int64 [g, C], the candidates that they are; None: the K shared ones
     picks: bool,
     by_shared: Tensor,  # [g, C]
     by_continuation: Tensor,  # [g], read only with continuations
     options: LossOptions,
+    by_class: Tensor | None = None,  # [g, classes], where there are any and they are not among the chosen
 ) -> None:
     """Carries the gradient by the scores back to the student's logits."""
-    part = chunk.student
+    part, by_members = chunk.student, None
+    if scores.classes is not None:
+        if chosen is not None:
+            by_class, chosen = take_classes(by_shared, chosen, len(student.shared_ids), student.classes.count)
+        by_members = scores.classes.by_members(by_class)
     if chunk.has_continuation:
         by_target = by_terms(by_continuation, part, options)
     if scores.logits is None:
@@ -338,6 +273,9 @@ def add_gradient(
         if chunk.has_continuation:
             by_target = (by_target * student.slope(scores.targets))[:, None]
             student.add_pick(part.rows, part.tokens[:, None], by_target)
+        if by_members is not None:
+            by_members *= student.slope(scores.classes.members)
+            student.add_pick_same(part.first_rows, student.classes.ids, by_members)
         return
 
     # Whole rows are read for log-probabilities only. A row's log-sum-exp is taken off its own token's logit and, in a
@@ -354,6 +292,8 @@ def add_gradient(
             first_rows[:, student.shared_ids] += by_shared[units]
         else:
             first_rows.scatter_add_(1, student.shared_ids[chosen[units]], by_shared[units])
+        if by_members is not None:
+            first_rows[:, student.classes.ids] += by_members[units]
         block[first] = first_rows
         block[torch.arange(len(block), device=block.device), part.tokens[rows]] += by_target[rows]
         block.mul_(slope)

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from simct_kernels.host import on_host, to_device
 from simct_kernels.inputs import AlignedUnits, SharedVocabulary
 from simct_kernels.options import LossOptions
+from simct_kernels.shared import is_candidate
 
 # Elements of one chunk's matrix of scores: 100 MB on the CPU, where a head's rows are gathered and packed anew for every chunk
 # (67 MB took 8 % longer, 134 MB and more gained nothing). The figure for other devices (0.5 GB) has not been measured.
@@ -126,13 +127,14 @@ def plan_chunks(
     device = units.student_start.device
     sizes = (shared_width, student_columns, teacher_columns)
     key = (options, *sizes, chunk_rows, student_always_whole, teacher_always_whole, merges, _elements(device))
-    sources = (*(getattr(units, name) for name in _UNIT_FIELDS), shared.student_ids, shared.teacher_ids)
+    candidates = shared.student_ids, shared.teacher_ids, shared.student_classes, shared.teacher_classes
+    sources = (*(getattr(units, name) for name in _UNIT_FIELDS), *candidates)
     kept = _KEPT.get(units.student_start)
     if kept is not None and kept[0] == key and all(a is b for a, b in zip(kept[1], sources, strict=True)):
         return kept[2]
 
     host = {name: on_host(getattr(units, name)) for name in ("student_start", *_UNIT_FIELDS[:-1])}
-    has_continuation = _has_continuation(host, on_host(shared.student_ids), on_host(shared.teacher_ids))
+    has_continuation = _has_continuation(host, *(None if ids is None else on_host(ids) for ids in candidates))
     # A side whose realisation is one token scores its continuation on the row of its shared candidates: the row's
     # log-sum-exp is then one constant for all candidates and cancels, as it does in a single unit.
     lengthy = has_continuation & options.normalises
@@ -181,12 +183,11 @@ _UNIT_FIELDS = ("student_length", "teacher_start", "teacher_length", "student_to
 _KEPT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _has_continuation(host: dict[str, Tensor], student_ids: Tensor, teacher_ids: Tensor) -> Tensor:
+def _has_continuation(host: dict[str, Tensor], *candidates: Tensor | None) -> Tensor:
     """As `AlignedUnits.has_continuation`."""
     student_token = host["student_tokens"][host["student_start"]]
-    index = torch.searchsorted(student_ids.contiguous(), student_token).clamp(max=len(student_ids) - 1)
-    is_shared = student_ids[index] == student_token
-    is_shared &= teacher_ids[index] == host["teacher_tokens"][host["teacher_start"]]
+    teacher_token = host["teacher_tokens"][host["teacher_start"]]
+    is_shared = is_candidate(student_token, teacher_token, *candidates)
     return ~(is_shared & (host["student_length"] == 1) & (host["teacher_length"] == 1))
 
 

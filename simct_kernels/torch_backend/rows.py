@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from simct_kernels.host import on_host, to_device
 from simct_kernels.inputs import LMHead
+from simct_kernels.torch_backend.classes import Classes
 from simct_kernels.torch_backend.plan import Part
 
 # Products have rows of a multiple of this many elements (128 bytes at 16 bits): an odd K makes them seven times as slow on an
@@ -36,18 +37,21 @@ class Rows(Protocol):
     """[N, V] logits, of which `shared_ids` [K] are the shared vocabulary's columns."""
 
     shared_ids: Tensor  # int64 [K]
+    classes: Classes | None  # of this side, if the shared vocabulary has any: the job says so
     columns: int  # V
     pick_width: int  # elements that one row of `pick` with one column costs
 
     def shared(self, rows: Tensor) -> Tensor: ...  # [g] -> [g, K]
     def whole(self, rows: Tensor) -> Tensor: ...  # [R] -> [R, V]
     def pick(self, rows: Tensor, ids: Tensor) -> Tensor: ...  # [R], [R, k] -> [R, k]
+    def pick_same(self, rows: Tensor, ids: Tensor) -> Tensor: ...  # [R], [k] -> [R, k], ids without repeats
     def slope(self, logits: Tensor) -> Tensor | float: ...  # any shape, of the same shape
 
     # Each adds a gradient by the logits of the same shape as the read; `rows` must not repeat a row.
     def add_shared(self, rows: Tensor, gradient: Tensor) -> None: ...
     def add_whole(self, rows: Tensor, gradient: Tensor) -> None: ...
     def add_pick(self, rows: Tensor, ids: Tensor, gradient: Tensor) -> None: ...
+    def add_pick_same(self, rows: Tensor, ids: Tensor, gradient: Tensor) -> None: ...
     def expect(self, parts: list[Part]) -> None: ...  # what the chunks will read, in order
 
 
@@ -55,6 +59,7 @@ class LogitRows:
     """Rows of given logits. The gradient has the logits' shape and dtype."""
 
     pick_width = 1
+    classes: Classes | None = None
 
     def __init__(
         self,
@@ -81,6 +86,8 @@ class LogitRows:
     def pick(self, rows: Tensor, ids: Tensor) -> Tensor:
         return self.logits[rows[:, None], ids].to(self.dtype)
 
+    pick_same = pick
+
     def slope(self, logits: Tensor) -> float:
         return 1.0
 
@@ -95,9 +102,13 @@ class LogitRows:
     def add_pick(self, rows: Tensor, ids: Tensor, gradient: Tensor) -> None:
         self.gradient[rows[:, None], ids] += gradient.to(self.gradient.dtype)
 
+    add_pick_same = add_pick
+
 
 class LinearRows:
     """Rows of head(hidden), made when they are read. Gradients of hidden, weight and bias, in the compute dtype."""
+
+    classes: Classes | None = None
 
     def __init__(
         self,
@@ -138,6 +149,10 @@ class LinearRows:
         raw = torch.bmm(weight, self.hidden[rows].to(self.dtype).unsqueeze(2)).squeeze(2)
         return self._finish(raw, None if self._bias is None else self._bias[ids])
 
+    def pick_same(self, rows: Tensor, ids: Tensor) -> Tensor:
+        raw = self.hidden[rows].to(self.dtype) @ self.head.weight.detach()[ids].to(self.dtype).T
+        return self._finish(raw, None if self._bias is None else self._bias[ids])
+
     def slope(self, logits: Tensor) -> Tensor | float:
         cap, scale = self.head.softcap, self.head.scale
         if cap is None:
@@ -169,6 +184,14 @@ class LinearRows:
             add_repeated(self.weight_gradient, ids.flatten(), products.flatten(0, 1))
         if self.bias_gradient is not None:
             add_repeated(self.bias_gradient, ids.flatten(), gradient.flatten())
+
+    def add_pick_same(self, rows: Tensor, ids: Tensor, gradient: Tensor) -> None:
+        if self.hidden_gradient is not None:
+            self.hidden_gradient[rows] += gradient @ self.head.weight.detach()[ids].to(self.dtype)
+        if self.weight_gradient is not None:
+            self.weight_gradient[ids] += gradient.T @ self.hidden[rows].to(self.dtype)
+        if self.bias_gradient is not None:
+            self.bias_gradient[ids] += gradient.sum(0)
 
     def expect(self, parts: list[Part]) -> None:
         """What the chunks will read of this side, in order: a hook for sources that prepare."""

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
 from simct_kernels.options import LossOptions
-from simct_kernels.torch_backend.job import PICK_SHARE, Steps, apply_job, compute_dtype, continuation_scores
+from simct_kernels.torch_backend.classes import Classes, gather
+from simct_kernels.torch_backend.job import PICK_SHARE, Steps, apply_job, compute_dtype
 from simct_kernels.torch_backend.plan import Chunk, plan_chunks, without_dropped
 from simct_kernels.torch_backend.rows import LinearRows
+from simct_kernels.torch_backend.scores import continuation_scores
 
 
 def topk_simct_loss(
@@ -40,9 +42,9 @@ def topk_simct_loss(
 
 @dataclass(frozen=True)
 class Candidates:
-    """The shared candidates of each unit, at most k: those that both `found` and served. Sorted, without repeats."""
+    """The shared candidates of each unit, at most k and the classes: those that both `found` and served. Without repeats."""
 
-    columns: Tensor  # int64 [G, k], indices into the shared vocabulary; 0 where not found
+    columns: Tensor  # int64 [G, k], indices into the shared vocabulary, from K on of its classes; 0 where not found
     scores: Tensor  # [G, k], the teacher's log-probabilities; -inf where not found
     found: Tensor  # bool [G, k]
 
@@ -60,8 +62,12 @@ def shared_candidates(
     shared: SharedVocabulary,
     options: LossOptions,
 ) -> Candidates:
-    """Never waits for a GPU."""
+    """A class has the sum of what was served of its ids. Never waits for a GPU."""
     ids, scores = topk_ids[units.teacher_start], topk_logprobs[units.teacher_start]
+    classes = Classes.of(shared, "teacher")
+    if classes is not None:
+        served = scores[:, :, None].masked_fill(ids[:, :, None] != classes.ids, -math.inf)
+        by_class = classes.logits(served.amax(dim=1))
     none = len(shared)
     place = torch.searchsorted(shared.ascending_teacher_ids, ids).clamp_(max=none - 1)
     found = (shared.ascending_teacher_ids[place] == ids) & (scores != -math.inf)
@@ -78,6 +84,10 @@ def shared_candidates(
         place = torch.searchsorted(left_out, wanted).clamp_(max=len(left_out) - 1)
         found &= (left_out[place] != wanted) | ~units.has_continuation(shared)[:, None]
     scores = scores.gather(1, order).masked_fill_(~found, -math.inf)
+    if classes is not None:
+        numbers = torch.arange(none, none + classes.count, device=columns.device).expand_as(by_class)
+        columns, scores = torch.cat([columns, numbers], dim=1), torch.cat([scores, by_class], dim=1)
+        found = torch.cat([found, by_class != -math.inf], dim=1)
     return Candidates(columns.masked_fill_(~found, 0), scores, found)
 
 
@@ -106,6 +116,7 @@ class Job(Steps):
             student_hidden = without_dropped(student_hidden, self.units, unit_weights)
         ids = self.shared.student_ids
         student = self.linear_rows(student_hidden, self.student_head, ids, self.dtype, needs_grad=needs_grad)
+        student.classes = Classes.of(self.shared, "student")
         losses = torch.zeros(len(self.units), dtype=self.dtype, device=student_hidden.device)
         k = self.teacher_topk_ids.shape[1]
         picks = k * PICK_SHARE <= len(self.shared)
@@ -147,7 +158,9 @@ class Job(Steps):
         scores = self.candidate_scores(
             student, chunk.student, chunk, options, candidates.columns if by_column else None
         )
-        s = scores.shared if by_column else scores.shared.gather(1, candidates.columns)
+        s = scores.shared
+        if not by_column:
+            s = gather(s, scores.classes, candidates.columns, len(self.shared))
         s = s.masked_fill(~candidates.found, -math.inf)
         if options.top_k is not None and options.top_k < s.shape[1]:
             # A candidate that the student excludes still comes before what is none.

@@ -112,4 +112,4 @@ def _covers(dtype: torch.dtype, units: AlignedUnits) -> bool:
 
 
 def _chooses(options: LossOptions, shared: SharedVocabulary) -> bool:
-    return options.top_k is not None and options.top_k < len(shared)
+    return options.top_k is not None and options.top_k < len(shared) + shared.class_count

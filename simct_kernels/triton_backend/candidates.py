@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from simct_kernels.options import LossOptions
+from simct_kernels.torch_backend.classes import ClassScores
 from simct_kernels.triton_backend import tiles
 from simct_kernels.triton_backend.finish import finish_kernel, mixture_kernel
 from simct_kernels.triton_backend.forward import candidate_kernel
@@ -36,6 +37,7 @@ class UnitRows:
     targets: Tensor | None = None  # float32 [N], the logits of the rows' own tokens, where those are no columns
     unit: Tensor | None = None  # int64 [N], each row's unit, -1 for none; None: row g is unit g's, and never read whole
     rest: Tensor | None = None  # int32, see Columns.rest: the columns that are not shared; None: those from K on
+    classes: ClassScores | None = None  # float32, on the scale of the logits
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Units:
 
     state: Tensor  # float32 [10, G]
     student_logsumexp: Tensor | None  # float32 [N_s], of the rows of longer units; None: no score reads it
+    by_class: Tensor | None  # float32 [G, C], the loss's derivative by the student's scores of the classes
 
     @property
     def losses(self) -> Tensor:
@@ -78,8 +81,12 @@ class Units:
     def kept(self) -> Tensor:  # [G], 0 where teacher_mass_floor drops the unit, else 1 (or NaN)
         return self.state[7]
 
+    def by_members(self, weights: Tensor | None, classes: ClassScores) -> Tensor:
+        """The gradient [G, M] by the logits of the classes' ids, with weights as of `weighted`."""
+        return classes.by_members(self.weighted(weights, self.by_class.T).T)
+
     def weighted(self, weights: Tensor | None, values: Tensor) -> Tensor:
-        """values [G] times weights [G] (None: 1) and `kept`, and 0 where either is 0, even of NaN."""
+        """values [..., G] times weights [G] (None: 1) and `kept`, and 0 where either is 0, even of NaN."""
         factor = self.kept if weights is None else weights * self.kept
         dropped = self.kept == 0 if weights is None else (self.kept == 0) | (weights == 0)
         return torch.where(dropped, 0.0, factor * values)
@@ -105,7 +112,11 @@ def divergence(candidates: Candidates, options: LossOptions) -> Units:
     units = Units(
         torch.zeros(10, count, dtype=torch.float32, device=device),
         None if student_rest is None else torch.empty_like(student_rest[0]),
+        None if student.classes is None else torch.empty_like(student.classes.scores),
     )
+    classes = (None, None, None, 0)
+    if student.classes is not None:
+        classes = student.classes.scores, teacher.classes.scores, units.by_class, units.by_class.shape[1]
 
     def read(second: bool) -> None:
         candidate_kernel[(triton.cdiv(count, shape.rows) * splits,)](
@@ -138,7 +149,9 @@ def divergence(candidates: Candidates, options: LossOptions) -> Units:
         partial,
         *_finish_arguments(student, student_rest),
         units.student_logsumexp,
+        classes[0],
         *_finish_arguments(teacher, teacher_rest),
+        *classes[1:],
         candidates.has_continuation,
         options.teacher_mass_floor,
         count,
@@ -159,6 +172,7 @@ def divergence(candidates: Candidates, options: LossOptions) -> Units:
         mixture_kernel[(triton.cdiv(count, tiles.UNITS),)](
             units.state,
             partial,
+            *classes,
             count,
             splits,
             temperature,

@@ -44,6 +44,7 @@ def finish_kernel(
     student_count,  # N_s
     student_splits,
     student_logsumexp,  # float32 [N_s], written for the rows of longer units
+    student_classes,  # float32 [G, C], the logits of the classes; None: there are none
     teacher,  # [N_t, W_t], and so on
     teacher_row_stride,
     teacher_column_stride,
@@ -57,6 +58,9 @@ def finish_kernel(
     teacher_partial,
     teacher_count,
     teacher_splits,
+    teacher_classes,  # float32 [G, C]
+    by_class,  # float32 [G, C], written: the loss's derivative by the student's
+    class_count,  # C
     has_continuation,  # bool [G]; None: all have one if CONTINUES
     mass_floor,  # None: no unit is dropped
     count,  # G
@@ -166,16 +170,19 @@ def finish_kernel(
     if mass_floor is not None:
         mass = kept_sum * exp(teacher_top - teacher_first)
         mass = tl.where(kept_sum == 0, 0.0, mass) + exp(raw - teacher_first)
+        if teacher_classes is not None:
+            for number in range(class_count):
+                place = teacher_classes + unit * class_count + number
+                mass += exp(tl.load(place, mask=inside, other=-float("inf")) - teacher_first)
         kept = tl.where(mass < mass_floor, 0.0, 1.0 + 0.0 * teacher_first)  # NaN anywhere in the row stays NaN
 
-    # The continuation as a set of one candidate. It is its own maximum: its sum is 1, and NaN if it is NaN.
-    x, y = s, t
-    if MODE == FORWARD:
-        x, y = t, s
-    x_sum = tl.where(x == -float("inf"), 0.0, 1.0 + 0.0 * x)
-    y_sum = tl.where(y == -float("inf"), 0.0, 1.0 + 0.0 * y)
-    only_x = tl.where((y == -float("inf")) & (x != y), float("inf"), 0.0)
-    m, u, a, n, v = merge(m, u, a, n, v, x, x_sum, only_x, y, y_sum)
+    m, u, a, n, v = _add_candidate(m, u, a, n, v, s, t, MODE)
+    if student_classes is not None:
+        for number in range(class_count):
+            place = unit * class_count + number
+            x = tl.load(student_classes + place, mask=inside, other=0.0) * inverse_temperature
+            y = tl.load(teacher_classes + place, mask=inside, other=0.0) * inverse_temperature
+            m, u, a, n, v = _add_candidate(m, u, a, n, v, x, y, MODE)
     # Maxima and logarithms stay apart: of logits of 1e4 their sum would keep three digits after the point.
     student_max, student_log, teacher_max, teacher_log = m, tl.log(u), n, tl.log(v)
     kl = a / u - student_log + teacher_log
@@ -193,6 +200,27 @@ def finish_kernel(
     else:
         log_q, log_p = s - student_max - student_log, t - teacher_max - teacher_log
         _store(state, unit, inside, count, kl, kl, kept, log_q, log_p, inverse_temperature, beta, MODE, CONTINUES)
+        if student_classes is not None:
+            for number in range(class_count):
+                place = unit * class_count + number
+                log_q = tl.load(student_classes + place, mask=inside, other=0.0) * inverse_temperature
+                log_p = tl.load(teacher_classes + place, mask=inside, other=0.0) * inverse_temperature
+                log_q, log_p = log_q - student_max - student_log, log_p - teacher_max - teacher_log
+                gradient = score_gradient(log_q, log_p, kl, beta, MODE) * inverse_temperature
+                tl.store(by_class + place, gradient, mask=inside)
+
+
+@triton.jit
+def _add_candidate(m, u, a, n, v, s, t, MODE: tl.constexpr):
+    """`merge` with a set of one candidate. It is its own maximum: its sum is 1, and NaN if it is NaN."""
+    x, y = s, t
+    if MODE == FORWARD:
+        x, y = t, s
+    x_sum = tl.where(x == -float("inf"), 0.0, 1.0 + 0.0 * x)
+    y_sum = tl.where(y == -float("inf"), 0.0, 1.0 + 0.0 * y)
+    only_x = tl.where((y == -float("inf")) & (x != y), float("inf"), 0.0)
+    m, u, a, n, v = merge(m, u, a, n, v, x, x_sum, only_x, y, y_sum)
+    return m, u, a, n, v
 
 
 @triton.jit
@@ -211,6 +239,10 @@ def _add_sums(m, total, kept, place, field, mask, KEPT: tl.constexpr):
 def mixture_kernel(
     state,  # float32 [10, G], of finish_kernel
     partial,  # float32 [2, splits, G], of candidate_kernel's second pass
+    student_classes,  # as of finish_kernel
+    teacher_classes,
+    by_class,
+    class_count,
     count,  # G
     splits,
     inverse_temperature,
@@ -240,9 +272,32 @@ def mixture_kernel(
         place = partial + split * count + unit[None, :]
         kl += tl.sum(tl.load(place, mask=mask, other=0.0), 0)
         other_kl += tl.sum(tl.load(place + splits * count, mask=mask, other=0.0), 0)
+    if student_classes is not None:
+        for number in range(class_count):
+            place = unit * class_count + number
+            q = _class_log(student_classes, place, state + count + unit, inside, count, inverse_temperature)
+            p = _class_log(teacher_classes, place, state + 3 * count + unit, inside, count, inverse_temperature)
+            log_m = log_mixture(q, p, beta)
+            kl += kl_terms(q, log_m)
+            other_kl += kl_terms(p, log_m)
     kept = tl.load(state + 7 * count + unit, mask=inside, other=0.0)
     loss = (1 - beta) * kl + beta * other_kl
     _store(state, unit, inside, count, loss, kl, kept, log_q, log_p, inverse_temperature, beta, MODE, CONTINUES)
+    if student_classes is not None:
+        for number in range(class_count):
+            place = unit * class_count + number
+            q = _class_log(student_classes, place, state + count + unit, inside, count, inverse_temperature)
+            p = _class_log(teacher_classes, place, state + 3 * count + unit, inside, count, inverse_temperature)
+            gradient = score_gradient(q, p, kl, beta, MODE) * inverse_temperature
+            tl.store(by_class + place, gradient, mask=inside)
+
+
+@triton.jit
+def _class_log(logits, place, maxima, inside, count, inverse_temperature):
+    """Of a class's logit, its logarithm in the candidate softmax whose maximum and logarithm are at `maxima`."""
+    z = tl.load(logits + place, mask=inside, other=0.0) * inverse_temperature
+    z -= tl.load(maxima, mask=inside, other=0.0)
+    return z - tl.load(maxima + count, mask=inside, other=0.0)
 
 
 @triton.jit

@@ -309,6 +309,12 @@ class IndexedRows(LinearRows):
             each = rows[:, None].expand_as(ids)
             self._entries.append((each.flatten(), ids.flatten(), gradient.flatten()))
 
+    def pick_same(self, rows: Tensor, ids: Tensor) -> Tensor:
+        return self.pick(rows, ids.expand(len(rows), -1))
+
+    def add_pick_same(self, rows: Tensor, ids: Tensor, gradient: Tensor) -> None:
+        self.add_pick(rows, ids.expand(len(rows), -1), gradient)
+
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         entries = self._take_entries()
         if entries is not None and self.weight_gradient is not None:

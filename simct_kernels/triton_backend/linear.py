@@ -69,15 +69,18 @@ class _RawRows(IndexedRows):
     def unit_rows(self, chunk: Chunk, part: Part) -> UnitRows:
         """The logits of this side that a chunk's units need, and where each unit's are."""
         scale = None if self.head.scale == 1 else float(self.head.scale)
+        classes = None
+        if self.classes is not None:
+            classes = self.classes.scores(self.pick_same(part.first_rows, self.classes.ids), None)
         if part.whole:
             side = Side(self.whole(part.rows), self.placed.ids, self._bias, scale, self.head.softcap)
             rest = self.placed.rest(self.columns)
-            return UnitRows(side, part.first, part.first, part.length, part.tokens, unit=part.unit, rest=rest)
+            return UnitRows(side, part.first, part.first, part.length, part.tokens, None, part.unit, rest, classes)
         bias = None if self._bias is None else self._bias[self._shared_places]
         side = Side(self.shared(part.first_rows), None, bias, scale, self.head.softcap)
         targets = self.pick(part.rows, part.tokens[:, None]).squeeze(1) if chunk.has_continuation else None
         rows = torch.arange(len(part.first), device=part.first.device)
-        return UnitRows(side, rows, part.first, part.length, None, targets)
+        return UnitRows(side, rows, part.first, part.length, None, targets, classes=classes)
 
     def write_gradient(
         self,
@@ -171,4 +174,8 @@ class LinearJob(torch_backend.LossJob):
                 by_target = by_target / part.length[part.unit]
             by_target = by_target * student.slope(candidates.student.targets)
             student.add_pick(part.rows, part.tokens[:, None], by_target[:, None])
+        classes = candidates.student.classes
+        if classes is not None:
+            by_members = units.by_members(weights, classes) * student.slope(classes.members)
+            student.add_pick_same(part.first_rows, student.classes.ids, by_members)
         return units.losses

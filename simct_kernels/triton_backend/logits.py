@@ -13,6 +13,7 @@ from torch import Tensor
 
 from simct_kernels.inputs import AlignedUnits, SharedVocabulary
 from simct_kernels.options import LossOptions
+from simct_kernels.torch_backend.classes import Classes
 from simct_kernels.triton_backend.candidates import Candidates, UnitRows, Units, divergence
 from simct_kernels.triton_backend.columns import columns_of
 from simct_kernels.triton_backend.gradient import write_gradient
@@ -35,7 +36,10 @@ def _candidates(
         columns = columns_of(getattr(shared, f"{side}_ids"))
         unit = _unit_of_rows(start, length, len(tokens))
         rest = columns.rest(logits.shape[1])
-        return UnitRows(Side(logits, columns.ids), start, start, length, tokens, unit=unit, rest=rest)
+        classes = Classes.of(shared, side)
+        if classes is not None:
+            classes = classes.scores(logits[start[:, None], classes.ids].float(), None)
+        return UnitRows(Side(logits, columns.ids), start, start, length, tokens, None, unit, rest, classes)
 
     left_out = left_out_rows = None
     if options.candidates == "disjoint" and units.left_out is not None:
@@ -79,6 +83,11 @@ class LogitsLoss(torch.autograd.Function):
         candidates = _with_logits(ctx.candidates, student_logits, teacher_logits)
         with torch.cuda.device_of(student_logits):
             write_gradient(gradient, ctx.shared_index, candidates, ctx.found, weights, ctx.options)
+            classes = candidates.student.classes
+            if classes is not None:
+                by_members = ctx.found.by_members(weights, classes)
+                places = candidates.student.rows[:, None], classes.classes.ids
+                gradient[places] += by_members.to(gradient.dtype)
         return gradient, None, None, None, None, None
 
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from simct_kernels import torch_backend
 from simct_kernels.options import LossOptions
-from simct_kernels.torch_backend.job import Scores, Steps, by_terms, continuation_scores
+from simct_kernels.torch_backend.classes import gather, take_classes
+from simct_kernels.torch_backend.job import Steps
 from simct_kernels.torch_backend.plan import Chunk, Part
 from simct_kernels.torch_backend.rows import LogitRows, padded, product
+from simct_kernels.torch_backend.scores import Scores, by_terms, continuation_scores
 from simct_kernels.triton_backend import small
 from simct_kernels.triton_backend.columns import columns_of
 from simct_kernels.triton_backend.indexed import IndexedRows
@@ -110,22 +112,29 @@ class _KernelSteps(Steps):
         part: Part,
         chunk: Chunk,
         options: LossOptions,
-        columns: Tensor | None = None,  # int64 [g, k]; None: all K
+        columns: Tensor | None = None,  # int64 [g, k], candidates; None: the K shared ones
     ) -> Scores:
         if not part.whole:
             return torch_backend.candidate_scores(source, part, chunk, options, columns)
         values, places = source.whole(part.rows), source.places(part.rows)
         logsumexp = source.logsumexp(values, part.rows)
         first_logsumexp = logsumexp[part.first]
-        ids = source.shared_ids if columns is None else source.shared_ids[columns]
+        ids, classes = source.shared_ids, None
+        if columns is not None:
+            ids = ids[columns if source.classes is None else columns.clamp(max=len(ids) - 1)]
         shared = source.read(values, places[part.first], ids)
         if options.normalises:
             shared -= first_logsumexp[:, None]
+        if source.classes is not None:
+            members = source.read(values, places[part.first], source.classes.ids)
+            classes = source.classes.scores(members, first_logsumexp if options.normalises else None)
+            if columns is not None:
+                shared = gather(shared, classes, columns, len(source.shared_ids), picked=True)
         continuation = targets = None
         if chunk.has_continuation:
             targets = source.read(values, places, part.tokens[:, None]).squeeze(1)
             continuation = continuation_scores(targets - logsumexp if options.normalises else targets, part, options)
-        return Scores(shared, continuation, targets, values, logsumexp, first_logsumexp)
+        return Scores(shared, continuation, targets, values, logsumexp, first_logsumexp, classes)
 
     def add_gradient(
         self,
@@ -138,6 +147,7 @@ class _KernelSteps(Steps):
         by_shared: Tensor,  # [g, C]
         by_continuation: Tensor,  # [g]
         options: LossOptions,
+        by_class: None = None,  # the classes are among the chosen
     ) -> None:
         if scores.logits is None:
             arguments = student, chunk, scores, s, chosen, picks, by_shared, by_continuation, options
@@ -147,6 +157,11 @@ class _KernelSteps(Steps):
         by_logsumexp = -by_target
         by_logsumexp[part.first] += by_continuation
         student.add_softmax(part.rows, scores.logits, scores.logsumexp, by_logsumexp)
+        classes = scores.classes
+        if classes is not None:
+            by_class, chosen = take_classes(by_shared, chosen, len(student.shared_ids), student.classes.count)
+            by_members = classes.by_members(by_class) * student.slope(classes.members)
+            student.add_pick_same(part.first_rows, student.classes.ids, by_members)
         slope = student.slope(s + scores.first_logsumexp[:, None])
         student.add_pick(part.first_rows, student.shared_ids[chosen], by_shared * slope)
         student.add_pick(part.rows, part.tokens[:, None], (by_target * student.slope(scores.targets))[:, None])

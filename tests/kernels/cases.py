@@ -156,3 +156,21 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     """Norm-wise, in float64; absolute where the expected value is 0."""
     error = (value.double() - expected.double()).norm().item()
     return error / (expected.double().norm().item() or 1.0)
+
+
+def with_classes(problem: Problem, *sizes: tuple[int, int]) -> Problem:
+    """Classes of so many (student, teacher) ids, none of them shared; the first and the last shared single unit are of the last."""
+    shared, units, classes = problem.shared, problem.units, {}
+    for place, side in enumerate(("student", "teacher")):
+        free = torch.ones(getattr(problem, f"{side}_head").weight.shape[0], dtype=torch.bool)
+        free[getattr(shared, f"{side}_ids")] = False
+        ids = free.nonzero().squeeze(1).flip(0)
+        number = torch.arange(len(sizes)).repeat_interleave(torch.tensor([size[place] for size in sizes]))
+        classes[f"{side}_classes"] = torch.stack([number, ids[: len(number)]], dim=1)
+    singles = (~units.has_continuation(shared)).nonzero().squeeze(1)[[0, -1]]
+    tokens = {}
+    for side in ("student", "teacher"):
+        tokens[f"{side}_tokens"] = getattr(units, f"{side}_tokens").clone()
+        tokens[f"{side}_tokens"][getattr(units, f"{side}_start")[singles]] = classes[f"{side}_classes"][-1, 1]
+    shared = dataclasses.replace(shared, **classes)
+    return dataclasses.replace(problem, units=dataclasses.replace(units, **tokens), shared=shared)

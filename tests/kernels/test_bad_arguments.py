@@ -49,6 +49,7 @@ UNIT_LOSS = dict(temperature=1.0, reduction="sum", chunk_rows="auto", return_uni
 SIMCT = dict(
     beta=1.0, score="mean_logprob", candidates="paper", top_k=None, teacher_mass_floor=None, backend="auto", **UNIT_LOSS
 )
+CLASSES = torch.tensor([[0, 4], [0, 6]])
 LEFT_OUT = torch.tensor([[0, 1], [1, 0]])
 TABLE = dict(vars(TABLES))
 
@@ -87,7 +88,7 @@ CALLS = {
         candidates="paper",
         chunk_rows="auto",
     ),
-    SharedVocabulary: dict(student_ids=VECTOR, teacher_ids=VECTOR),
+    SharedVocabulary: dict(student_ids=VECTOR, teacher_ids=VECTOR, student_classes=CLASSES, teacher_classes=CLASSES),
     AlignedUnits: dict(
         student_start=VECTOR,
         student_length=VECTOR * 0 + 1,
