@@ -1,6 +1,8 @@
 """Which token ends the assistant's turn: read from the chat template, the generation config and the tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from simct.pairing.templates import TemplateTimeout, apply_template
 from simct.pairing.tokens import describe
@@ -22,6 +24,8 @@ _KNOWN_ENDINGS = (
     "<eos>",
     "</s>",
 )
+# What the end of the turn is among a unit's candidates: the mapped pair of ids, or the sums of all that end one.
+STOPS = ("pair", "class")
 _PROBE = "simct probe of the assistant's turn"
 
 
@@ -46,6 +50,19 @@ def end_ids(tokenizer, generation_config=None, chat: bool = True) -> tuple[int, 
     ended = [] if template is None else [template]
     found = [*ended, *plain, *known] if chat else [*plain, *ended, *known]
     return tuple(dict.fromkeys(found))
+
+
+def end_class(
+    mapped: Mapping[int, int], student_ends: Sequence[int], teacher_ends: Sequence[int]
+) -> tuple[dict[int, int], dict[str, torch.Tensor]]:
+    """The mapped pairs of other tokens, and the one class of a SharedVocabulary that holds the ends of the turn: but what another
+    token of the student is mapped to, which stays in its pair."""
+    others = {student: teacher for student, teacher in mapped.items() if student not in student_ends}
+    sides = {
+        "student_classes": student_ends,
+        "teacher_classes": [teacher for teacher in teacher_ends if teacher not in others.values()],
+    }
+    return others, {name: torch.tensor([(0, i) for i in ids], dtype=torch.int64) for name, ids in sides.items()}
 
 
 def _template_ending(tokenizer, special: dict[str, int]) -> int | None:

@@ -14,7 +14,7 @@ import torch
 
 from simct.pairing.alignment import Units, anchored, partition
 from simct.pairing.coverage import Coverage, RuleCoverage, greedy_single, shared_by_string, without_markers
-from simct.pairing.endings import end_ids
+from simct.pairing.endings import STOPS, end_class, end_ids
 from simct.pairing.side import Ids, Side, text_blocks
 from simct_kernels.inputs import AlignedUnits, SharedVocabulary
 from simct_kernels.objectives.prefix_tables import PrefixTables
@@ -68,7 +68,8 @@ class TokenizerPair:
     other special tokens in a response spell nothing. `alignment`: "bytes", the finest common partition, or "anchored",
     the coarser rule of the public code of SimCT (arXiv 2605.07711). `student_vocabulary_size`: rows of the student's head, if it
     has more than its tokenizer has tokens; the ids between spell nothing. `chat=False`: prompts are plain text, and a chat
-    template does not say what ends a response.
+    template does not say what ends a response. `stop`: what the end of the turn is as a candidate, the mapped "pair" of ids or a
+    "class", the sum of all ids that end a response on either side (arXiv 2609.20511).
 
     Raises ValueError if a tokenizer belongs to no supported family, does not spell built-in text byte by byte (the
     first difference is shown), has no end-of-turn token, or if a mapped token is unknown.
@@ -85,17 +86,19 @@ class TokenizerPair:
         teacher_generation_config=None,
         student_vocabulary_size: int | None = None,
         chat: bool = True,
+        stop: str = "pair",
     ):
         for role, tokenizer in ("student", student_tokenizer), ("teacher", teacher_tokenizer):
             if not hasattr(tokenizer, "get_vocab"):
                 raise ValueError(
                     f"{role}_tokenizer is {tokenizer!r}: expected a tokenizer, AutoTokenizer.from_pretrained(folder or hub name)"
                 )
-        if alignment not in ("bytes", "anchored"):
-            raise ValueError(f'alignment must be "bytes" or "anchored", got {alignment!r}')
+        for name, value, known in ("alignment", alignment, ("bytes", "anchored")), ("stop", stop, STOPS):
+            if value not in known:
+                raise ValueError(f'{name} must be "{known[0]}" or "{known[1]}", got {value!r}')
         if special_tokens != "auto" and not isinstance(special_tokens, Mapping):
             raise ValueError(f'special_tokens must be "auto" or a mapping, got {special_tokens!r}')
-        self.alignment = alignment
+        self.alignment, self.stop = alignment, stop
         given = special_tokens if isinstance(special_tokens, Mapping) else {}
         mapped = _resolve(given, student_tokenizer, teacher_tokenizer)
         student_ends = end_ids(student_tokenizer, student_generation_config, chat=chat)
@@ -110,8 +113,6 @@ class TokenizerPair:
         self._teacher = Side("teacher", teacher_tokenizer, self.teacher_end_ids)
         self.shared = self._share(mapped)
         self._mapped = mapped
-        self._partner = np.full(len(self._student.pieces), -1)  # a shared student id's teacher id
-        self._partner[self.shared.student_ids.numpy()] = self.shared.teacher_ids.numpy()
         self._prefixes: _PrefixIndex | None = None
         self._strings: tuple[list[str], list[str]] | None = None  # as the public code compares tokens
 
@@ -237,10 +238,12 @@ class TokenizerPair:
 
     def _share(self, mapped: dict[int, int]) -> SharedVocabulary:
         student, teacher = self._student.by_bytes(), self._teacher.by_bytes()
-        taken = set(mapped.values())
+        taken, classes = set(mapped.values()), {}
+        if self.stop == "class":
+            mapped, classes = end_class(mapped, self.student_end_ids, self.teacher_end_ids)
         pairs = {i: teacher[piece] for piece, i in student.items() if piece in teacher and teacher[piece] not in taken}
         student_ids, teacher_ids = torch.tensor(sorted((pairs | mapped).items()), dtype=torch.int64).T
-        return SharedVocabulary(student_ids.contiguous(), teacher_ids.contiguous())
+        return SharedVocabulary(student_ids.contiguous(), teacher_ids.contiguous(), **classes)
 
     def _align(self, student_batch, teacher_batch, alignment: str, disjoint: bool) -> Alignment:
         return self._align_rows(student_batch, teacher_batch, alignment, disjoint)[0]
@@ -306,10 +309,11 @@ class TokenizerPair:
             self._prefixes = _PrefixIndex(self._student.pieces, self.shared.student_ids.tolist())
         start, length, teacher_start, teacher_length = units
         single = (length == 1) & (teacher_length == 1)
-        continued = np.flatnonzero(~(single & (self._partner[student_ids[start]] == teacher_ids[teacher_start])))
+        tokens = torch.from_numpy(student_ids[start]), torch.from_numpy(teacher_ids[teacher_start])
+        continued = np.flatnonzero(~(single & self.shared.holds(*tokens).numpy()))
         spelled, ids = self._student.spelled, student_ids.tolist()
-        # An end-of-turn without a pair of its own still means what the primary one means.
-        end = np.searchsorted(self.shared.student_ids.numpy(), self.end_pair[:1])
+        # An end-of-turn without a pair of its own still means what the primary one means; a class holds all ends.
+        end = np.flatnonzero(self.shared.student_ids.numpy() == self.end_pair[0])
         found = [end[:0]]
         for first, count in zip(start[continued].tolist(), length[continued].tolist(), strict=True):
             text = b"".join([spelled[i] for i in ids[first : first + count]])

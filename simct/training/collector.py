@@ -49,6 +49,7 @@ class Scorer:
             teacher_generation_config=teacher.generation_config,
             student_vocabulary_size=student.get_output_embeddings().weight.shape[0],
             chat=args.prompt_format != "text",
+            stop=args.stop,
         )
         render = teacher_renderer(teacher.tokenizer, student_render, args)
         render.check("teacher")

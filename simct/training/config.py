@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from simct.data.prompts import PROMPT_FORMATS
+from simct.pairing.endings import STOPS
 from simct.rollouts.protocol import ENGINES, Sampling
 from simct.secrets import hide_options, read_address, read_key, shown_text, without_secrets
 from simct.training.options import SimCTOptions
@@ -96,6 +97,7 @@ class SimCTConfig(SimCTOptions, TrainingArguments):
         one_of("score", self.score, SCORES)
         one_of("candidates", self.candidates, CANDIDATES)
         one_of("alignment", self.alignment, ("bytes", "anchored"))
+        one_of("stop", self.stop, STOPS)
         one_of("units", self.units, ("all", "single", "merged"))
         one_of("objective", self.objective, OBJECTIVES)
         one_of("packing", self.packing, ("auto", "on", "off"))
@@ -136,6 +138,10 @@ class SimCTConfig(SimCTOptions, TrainingArguments):
         if self.units == "merged" and self.candidates == "disjoint":
             raise ValueError(
                 "units is 'merged' and candidates is 'disjoint': expected candidates='paper' with merged units"
+            )
+        if self.stop == "class" and self.objective != "simct":
+            raise ValueError(
+                f"stop is 'class' and objective is {self.objective!r}, which has no shared candidates: expected stop='pair' with it"
             )
         self.sampling(end_ids=(0,), pad_id=0)  # checks its own settings
         if not 0 <= self.eval_temperature < float("inf"):

@@ -31,7 +31,7 @@ GROUPS = {
         "Objective",
         (
             "objective", "beta", "loss_temperature", "score", "candidates", "top_k", "teacher_mass_floor", "alignment", "units",
-            "special_tokens",
+            "special_tokens", "stop",
         ),
     ),
     "ablations": Group("Ablations", ("merge_ratio", "mask_longer")),

@@ -192,6 +192,11 @@ class SimCTOptions:
         "Candidates of a unit: paper, or disjoint (no shared token overlaps the continuation).",
         "`disjoint` where many units are longer ones (`simct inspect` says so).",
     )
+    stop: str = option(
+        "pair",
+        "The end of the turn as a candidate: pair, the two mapped ids; class, the sum of all ids that end a turn on each side.",
+        "`class` where a model ends its turns with several ids, and `response/ended` falls.",
+    )
     top_k: int | None = option(
         None,
         "Keep only the student's own k most probable shared tokens of each unit.",

@@ -12,7 +12,7 @@ from simct.pairing.pair import Alignment, TokenizerPair
 from simct.teachers.local import Rows, ServedRows
 from simct.training.metrics import PhaseTimer, Ratios, peak_memory_gb
 from simct.training.micro_batches import MicroBatch
-from simct.training.samples import Samples, log_ratios
+from simct.training.samples import Samples, end_rows, log_ratios
 from simct_kernels import (
     AlignedUnits,
     LMHead,
@@ -21,6 +21,7 @@ from simct_kernels import (
     token_statistics,
     topk_candidate_counts,
 )
+from simct_kernels.statistics import ids_probability
 
 MEASURED_ROWS = 512  # of a micro-batch, by whole responses: at least one
 FIRST_STEPS = 10  # logged one by one with `logging_first_step`
@@ -144,9 +145,14 @@ class Recorder:
         self.ratios.add("response/entropy", weight * ours.entropy.sum(), per="measured tokens")
         if served:
             teacher_logprob = teacher_logprob[theirs_of]
+            theirs = teacher.topk_ids[theirs_of], teacher.topk_logprobs[theirs_of]
+            self._stop_mass(pair, samples, weight, (*student, ours.logsumexp), theirs)
         else:
             hidden, head = teacher
-            teacher_logprob = token_statistics(hidden[theirs_of], head, units.teacher_tokens[theirs_of]).logprob
+            hidden = hidden[theirs_of]
+            found = token_statistics(hidden, head, units.teacher_tokens[theirs_of])
+            teacher_logprob = found.logprob
+            self._stop_mass(pair, samples, weight, (*student, ours.logsumexp), (hidden, head, found.logsumexp))
             options = {"score": self.args.score, "candidates": self.args.candidates}
             measured = units if inside is None else batch.alignment.select(inside).to(hidden.device)
             mass = candidate_mass(*teacher, measured, shared, **options)
@@ -156,6 +162,24 @@ class Recorder:
         self.ratios.count("measured bytes", weight * sum(lengths))
         self.ratios.add("reverse_kl_per_byte", weight * sum(ratios), per="measured bytes")
         self._logprob_gap(samples, ours.logprob)
+
+    def _stop_mass(self, pair: TokenizerPair, samples: Samples, weight: float, *sides: tuple) -> None:
+        """The probability of all ids that end the turn, where a response ends: by both sides, whatever the loss compares.
+
+        `sides`: student and teacher, each hidden states, head and log-sum-exps of the samples' rows; or a served teacher's k best
+        ids and log-probabilities, of which it counts what came."""
+        rows = end_rows(pair, samples)
+        self.ratios.count("measured ends", weight * len(rows[0]))
+        ends = pair.student_end_ids, pair.teacher_end_ids
+        for name, side, at, ids in zip(("student", "teacher"), sides, rows, ends, strict=True):
+            at, ids = at.to(side[0].device), torch.tensor(ids, device=side[0].device)
+            if len(side) == 3:
+                hidden, head, logsumexp = side
+                mass = ids_probability(hidden[at], head, ids, logsumexp[at])
+            else:
+                topk_ids, logprobs = side
+                mass = logprobs[at].exp().masked_fill(~torch.isin(topk_ids[at], ids), 0).sum(dim=1)
+            self.ratios.add(f"stop_mass/{name}", weight * mass.sum(), per="measured ends")
 
     def _served(self, units: AlignedUnits, shared: SharedVocabulary, teacher: ServedRows) -> Tensor:
         """How much of the teacher came over the wire: the probability of its k best tokens, and the share of units that have fewer

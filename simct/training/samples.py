@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from simct.pairing.pair import TokenizerPair
@@ -94,6 +95,20 @@ def common_length(pair: TokenizerPair, student_ids: list[int], teacher_ids: list
     return sum(map(len, texts[0])) + ended[0]
 
 
+def end_rows(pair: TokenizerPair, samples: Samples) -> tuple[Tensor, Tensor]:
+    """int64 [n] of the student's packed rows and of the teacher's: which predict the end of the turn, of each response that both
+    sides end."""
+    rows: tuple[list[int], list[int]] = [], []
+    stops = [0, 0]
+    for sides in zip(samples.student_responses, samples.teacher_responses, strict=True):
+        stops = [stop + len(ids) for stop, ids in zip(stops, sides, strict=True)]
+        ends = pair.student_end_ids, pair.teacher_end_ids
+        if all(ids and ids[-1] in known for ids, known in zip(sides, ends, strict=True)):
+            for found, stop in zip(rows, stops, strict=True):
+                found.append(stop - 1)
+    return torch.tensor(rows[0], dtype=torch.int64), torch.tensor(rows[1], dtype=torch.int64)
+
+
 def end_probabilities(
     pair: TokenizerPair, samples: Samples, student_logprob: Tensor, teacher_logprob: Tensor
 ) -> list[tuple[float, float]]:
@@ -101,17 +116,12 @@ def end_probabilities(
 
     Args: as `log_ratios`'.
     """
-    lengths = samples.response_lengths, [len(ids) for ids in samples.teacher_responses]
-    parts = [
-        values.cpu().split(sizes) for values, sizes in zip((student_logprob, teacher_logprob), lengths, strict=True)
-    ]
-    return [
-        (float(ours[-1].double().exp()), float(theirs[-1].double().exp()))
-        for ids, teacher_ids, ours, theirs in zip(
-            samples.student_responses, samples.teacher_responses, *parts, strict=True
-        )
-        if ids and teacher_ids and ids[-1] in pair.student_end_ids and teacher_ids[-1] in pair.teacher_end_ids
-    ]
+    rows = end_rows(pair, samples)
+    ours, theirs = (
+        values.cpu()[at].double().exp().tolist()
+        for values, at in zip((student_logprob, teacher_logprob), rows, strict=True)
+    )
+    return list(zip(ours, theirs, strict=True))
 
 
 def segment_sums(values: Tensor, segments: list[list[int]]) -> list[float]:

@@ -13,6 +13,7 @@ from simct.commands.train import RunArguments
 from simct.commands.train_help import own_options
 from simct.data.prompts import PROMPT_FORMATS
 from simct.demo import ASSETS
+from simct.pairing.endings import STOPS
 from simct.rollouts.protocol import ENGINES
 from simct.training.config import OBJECTIVES
 from simct.training.groups import FIRST, GROUPS, HIDDEN
@@ -69,7 +70,7 @@ def test_texts_name_what_can_be_chosen():
     own = own_options()
     for name, choices in {
         "rollout_engine": ENGINES, "prompt_format": PROMPT_FORMATS, "objective": OBJECTIVES, "score": SCORES,
-        "candidates": CANDIDATES, "on_bad_row": ("stop", "skip"), "on_nonfinite": ("stop", "skip"),
+        "candidates": CANDIDATES, "stop": STOPS, "on_bad_row": ("stop", "skip"), "on_nonfinite": ("stop", "skip"),
     }.items():  # fmt: skip
         assert all(choice in own[name][1] for choice in choices), name
 

@@ -69,6 +69,27 @@ def test_pair_and_explicit_mapping():
     assert taken.end_pair == (s("<|endoftext|>"), t("<eos>")) and s("<|im_end|>") in taken.student_end_ids
 
 
+def test_the_ends_of_the_turn_as_a_class():
+    student = tokenizer(["<|im_start|>", "<|im_end|>", "<tool>"], template=CHATML)
+    teacher = tokenizer(["<call>", "<|eot_id|>"], eos="<eos>")
+    s, t = student.convert_tokens_to_ids, teacher.convert_tokens_to_ids
+    pair = TokenizerPair(student, teacher, {"<tool>": "<call>"}, stop="class")
+    assert pair.shared.student_classes.tolist() == [[0, s("<|im_end|>")], [0, s("<|endoftext|>")]]
+    assert pair.shared.teacher_classes.tolist() == [[0, t("<eos>")], [0, t("<|eot_id|>")]]
+    assert len(pair.shared) == 256 + 1 and s("<tool>") in pair.shared.student_ids.tolist()
+    # Whichever ends a response, both sides compare all of them; no other candidate overlaps with it.
+    for end in s("<|im_end|>"), s("<|endoftext|>"):
+        for other in t("<eos>"), t("<|eot_id|>"):
+            units = pair.align([97, end], [97, other], disjoint=True)
+            assert not units.has_continuation(pair.shared).any() and len(units) == 2 and not len(units.left_out)
+    assert TokenizerPair(student, teacher).align([end], [other], disjoint=True).left_out.tolist() != []
+    # What is mapped to another token of the student's stays its pair.
+    pair = TokenizerPair(student, teacher, {"<tool>": "<|eot_id|>"}, stop="class")
+    assert pair.shared.teacher_classes.tolist() == [[0, t("<eos>")]]
+    with pytest.raises(ValueError, match='stop must be "pair" or "class", got \'both\''):
+        TokenizerPair(student, teacher, stop="both")
+
+
 def test_a_mapped_token_with_bytes_keeps_one_partner(qwen, gemma, make_pair):
     newline = gemma.convert_tokens_to_ids("\n")
     pair = TokenizerPair(qwen, gemma, {"<think>": newline})

@@ -418,6 +418,8 @@ def test_a_run_with_a_served_teacher_is_the_run_with_a_local_one(tmp_path, url, 
         for name in "loss", "loss/single", "loss/longer", "grad_norm", "reverse_kl_per_byte", "response/length":
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
         assert "teacher_mass" in ours and "teacher_mass" not in theirs
+        stops = [{name: row[name] for name in row if name.startswith("stop_mass/")} for row in (ours, theirs)]
+        assert stops[1] == pytest.approx(stops[0], rel=1e-3)
         assert theirs["served/topk_mass"] == pytest.approx(1, abs=1e-4) and theirs["served/units_without_choice"] == 0
     evaluations = [[row for row in log if "eval_reverse_kl_per_byte" in row] for log in (local_log, served)]
     for ours, theirs in zip(*evaluations, strict=True):
