@@ -29,6 +29,6 @@ FURTHER = {
 }
 ARMS = CORE | FURTHER
 QUICK_ARMS = ("sft", "strict", "simct")
-ON_POLICY = tuple(name for name, arm in ARMS.items() if arm.data == "student")
+ON_POLICY = tuple(name for name, arm in CORE.items() if arm.data == "student")  # of the first contrast
 LADDER = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # learning rates
 FIRST = 1, 4  # from and to: those that every arm is tried at; the next one is while the best is on an edge

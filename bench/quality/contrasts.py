@@ -69,9 +69,9 @@ def of_study(design: Design, rows: Rows) -> list[Contrast]:
 def best_on_policy(design: Design, rows: Rows, pair: str) -> str:
     """The arm on the student's samples with the highest validation accuracy, each at its best rate; "" before any has one."""
     found = {}
-    for arm in design.all_arms():
+    for arm in ON_POLICY:
         rate = rates(design, rows, pair, arm)[1]
-        if arm in ON_POLICY and rate is not None:
+        if rate is not None:
             found[arm] = next(
                 float(row["accuracy"])
                 for row in rows

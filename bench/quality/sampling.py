@@ -61,7 +61,8 @@ class LlamaSampler:
             total = np.exp(logits - highest[:, None]).sum(1)
             logprobs.append(np.take_along_axis(logits, token[:, None], 1)[:, 0] - highest - np.log(total))
             tokens.append(token)
-            going &= ~np.isin(token, sampling.end_ids)
+            for end in sampling.end_ids:
+                going &= token != end
             ids = token[:, None]
         responses = [sampling.response(row) for row in np.stack(tokens, 1).tolist()]
         own = np.stack(logprobs, 1).tolist()
@@ -152,7 +153,8 @@ class _Pass:
         return self._normed(x[new - 1 :: new], self.norm) @ self.head
 
     def _normed(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return x * (weight / np.sqrt(np.square(x).mean(-1, keepdims=True) + self.epsilon))
+        size = np.einsum("ij,ij->i", x, x)[:, None] / np.float32(x.shape[1])
+        return x * (weight / np.sqrt(size + self.epsilon))
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -64,16 +64,16 @@ class Size:
     until: float | None = None
 
 
-TEACHER = Spelling(2048)
+TEACHER = Spelling(1024)
 # From nearly the teacher's own cuts to hardly any in common. All vocabularies come from the same texts: a smaller one nests in a
 # larger one of the same kind.
 STUDENTS = {
-    "nested": Spelling(1536),
-    "digits": Spelling(1536, digits=1),
-    "fine": Spelling(512),
-    "trailing": Spelling(1536, space="after"),
+    "nested": Spelling(768),
+    "digits": Spelling(768, digits=1),
+    "fine": Spelling(384),
+    "trailing": Spelling(768, space="after"),
 }
-SIZES = {"teacher": Size(128, 4, 2500), "student": Size(96, 2, 3000, until=0.4)}
+SIZES = {"teacher": Size(128, 3, 1500), "student": Size(96, 2, 2500, until=0.4)}
 QUICK_SIZES = {"teacher": Size(48, 1, 40), "student": Size(32, 1, 20, until=0.4)}
 RATE = 2e-3
 AVERAGED = 0.98  # of the weights' moving average, which is what a student keeps: a run's end without its schedule

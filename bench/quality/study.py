@@ -35,12 +35,11 @@ class Design:
     test: Plan = Plan()
     sizes: dict[str, Size] = field(default_factory=lambda: SIZES)
     prompts: dict[str, int] = field(default_factory=dict)  # of `make_texts`
-    short: dict[str, float] = field(default_factory=lambda: {"digits": 1 / 3})  # of the test plan's steps
-    choice: float = 1 / 4  # of its steps, to choose a learning rate
+    choice: float = 1 / 3  # of the test plan's steps, to choose a learning rate
 
     def plan(self, key: Key) -> Plan:
         if key.split == "test":
-            return replace(self.test, steps=round(self.test.steps * self.short.get(key.pair, 1)))
+            return self.test
         steps = max(1, round(self.test.steps * self.choice))
         return replace(self.test, steps=steps, every=steps, last=Scope(256, self.test.last.draws, 256))
 
@@ -69,22 +68,25 @@ def tasks(design: Design, rows: Rows) -> Iterator[Task]:
             yield Task("student", pair, 0)
         yield Task("data")
         for arms in design.arms:
-            for pair in group:
-                for arm in arms:
-                    for rate in rates(design, rows, pair, arm)[0]:
-                        yield Task("run", pair, 0, Key(pair, arm, rate, 0, "validation"))
-        for seed in range(1, max(design.seeds[pair] for pair in group) + 1):
-            own = [pair for pair in group if seed <= design.seeds[pair]]
-            for pair in own:
-                yield Task("student", pair, seed)
-            for pair in own:
-                yield Task("run", pair, seed, Key(pair, "none", 0.0, seed, "test"))
-            for arms in design.arms:
-                for pair in own:
-                    for arm in arms:
-                        best = rates(design, rows, pair, arm)[1]
-                        if best is not None:
-                            yield Task("run", pair, seed, Key(pair, arm, best, seed, "test"))
+            yield from _of_arms(design, rows, group, arms)
+
+
+def _of_arms(design: Design, rows: Rows, group: tuple[str, ...], arms: tuple[str, ...]) -> Iterator[Task]:
+    """Their learning rates, then seed by seed."""
+    for pair in group:
+        for arm in arms:
+            for rate in rates(design, rows, pair, arm)[0]:
+                yield Task("run", pair, 0, Key(pair, arm, rate, 0, "validation"))
+    for seed in range(1, max(design.seeds[pair] for pair in group) + 1):
+        own = [pair for pair in group if seed <= design.seeds[pair]]
+        for pair in own:
+            yield Task("student", pair, seed)
+        for pair in own:
+            yield Task("run", pair, seed, Key(pair, "none", 0.0, seed, "test"))
+            for arm in arms:
+                best = rates(design, rows, pair, arm)[1]
+                if best is not None:
+                    yield Task("run", pair, seed, Key(pair, arm, best, seed, "test"))
 
 
 def rates(design: Design, rows: Rows, pair: str, arm: str) -> tuple[list[float], float | None]:

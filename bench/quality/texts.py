@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from simct.demo.make_models import paragraphs
 
-WORDS = 6  # of a paragraph's first line; so many again, twice over, follow it
+WORDS = 5  # of a paragraph's first line, and of what follows it
 LARGEST = 19  # operand of a sum
 
 
@@ -77,4 +77,4 @@ def _prose(text: str) -> tuple[str, str] | None:
     words = re.findall(r"\s*\S+", " ".join(text.split()))
     if len(words) < 2 * WORDS:
         return None
-    return "".join(words[:WORDS]).strip() + "\n", "".join(words[WORDS : 3 * WORDS]).strip()
+    return "".join(words[:WORDS]).strip() + "\n", "".join(words[WORDS : 2 * WORDS]).strip()

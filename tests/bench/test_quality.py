@@ -73,7 +73,7 @@ def test_the_mismatch_is_dialled():
     for name, spelling in STUDENTS.items():
         pair = TokenizerPair(spelling.make(texts.documents), teacher)
         single[name] = pair.coverage(samples).rules["simpleopd"].single
-    assert single["nested"] > 0.9 > single["digits"] > 0.6 > single["fine"] > single["trailing"] > 0.2, single
+    assert single.pop("nested") > 0.9 and all(0.5 < share < 0.75 for share in single.values()), single
 
 
 def test_every_arm_is_a_configuration(tmp_path):
@@ -109,12 +109,11 @@ def test_a_seed_has_all_its_arms_before_the_next():
         for rate in LADDER
     ]
     found = [task.key for task in tasks(design, rows) if task.kind == "run" and task.key.split == "test"]
-    first = [key for key in found if key.pair in ("nested", "digits")]
-    assert [key.seed for key in first] == sorted(key.seed for key in first) and found[: len(first)] == first
-    of_first_seed = [key.arm for key in first if key.seed == 1 and key.pair == "nested"]
-    assert of_first_seed == ["none", *CORE, "strict-top16", "disjoint"]
+    first = [key for key in found if key.pair in ("nested", "digits") and key.arm in CORE]
+    assert [key.seed for key in first] == sorted(key.seed for key in first)
+    assert [key.arm for key in found if key.pair == "nested"][: 2 * (1 + len(CORE))] == ["none", *CORE] * 2
     assert {key.learning_rate for key in found if key.arm != "none"} == {3e-4}
-    assert len(found) == (6 + 3 + 6 + 3) * (1 + len(ARMS)) == len(set(found))
+    assert len(set(found)) == (6 + 3 + 6 + 3) * (1 + len(ARMS))
     # Nothing is chosen yet: no test run of an arm.
     assert {task.key.arm for task in tasks(design, []) if task.key and task.key.split == "test"} == {"none"}
 
