@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simct_kernels import torch_backend
-from simct_kernels.checks import check_hidden, check_ids, check_left_out, check_rows, check_units
+from simct_kernels.checks import check_hidden, check_ids, check_left_out, check_rows, check_units, whole_head
 from simct_kernels.inputs import AlignedUnits, LMHead, SharedVocabulary
 from simct_kernels.options import LossOptions, check_chunk_rows
 from simct_kernels.torch_backend.plan import auto_rows
@@ -32,11 +32,13 @@ def token_statistics(
     *,
     chunk_rows: int | str = "auto",
 ) -> TokenStatistics:
-    """The log-probability of `tokens` and the entropy and log-sum-exp of their rows' distributions.
+    """The log-probability of `tokens` and the entropy and log-sum-exp of their rows' distributions. A sharded head is gathered:
+    every process must call it.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and on the CPU for tokens outside the vocabulary: elsewhere
     looking at them would wait for the device.
     """
+    head = whole_head("head", head)
     check_hidden("hidden", hidden, "head", head)
     check_chunk_rows(chunk_rows)
     is_int64 = is_dense(tokens) and tokens.dtype == torch.int64
@@ -96,12 +98,14 @@ def candidate_mass(
 
     It is the sum of the shared candidates' and classes' probabilities and, where there is a continuation, exp of its score (Eq. 7).
     That score is a mean log-probability, unless `score` is another, so that the sum may pass 1. Options and errors are
-    those of `linear_simct_loss`.
+    those of `linear_simct_loss`, and a sharded head is gathered.
     """
     options = LossOptions(score=score, candidates=candidates)
     check_choice("side", side, ("teacher", "student"))
     check_chunk_rows(chunk_rows)
     check_units(units, shared)
+    with torch.no_grad():
+        head = whole_head("head", head)
     check_hidden("hidden", hidden, "head", head, units)
     check_rows("hidden", hidden, side, units)
     check_ids("head", head.weight.shape[0], side, units, shared)

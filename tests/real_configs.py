@@ -63,6 +63,37 @@ PHI_4_MINI = Phi3Config(
     pad_token_id=199_999,
     dtype="bfloat16",
 )
+
+
+def _like(config, **sizes):
+    """The same architecture in another size."""
+    return type(config)(**{**config.to_dict(), "layer_types": None, **sizes})
+
+
+GEMMA_2_9B = _like(
+    GEMMA_2_2B,
+    hidden_size=3584,
+    intermediate_size=14_336,
+    num_hidden_layers=42,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+)
+QWEN_2_5_32B = _like(
+    QWEN_2_5_7B,
+    hidden_size=5120,
+    intermediate_size=27_648,
+    num_hidden_layers=64,
+    num_attention_heads=40,
+    num_key_value_heads=8,
+)
+QWEN_2_5_72B = _like(
+    QWEN_2_5_7B,
+    hidden_size=8192,
+    intermediate_size=29_568,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+)
 # What the models' own cards and files count.
 PARAMETERS = {"gemma-2-2b": 2_614_341_888, "qwen2.5-7b": 7_615_616_512, "phi-4-mini": 3_836_021_760}
 CONFIGS = {"gemma-2-2b": GEMMA_2_2B, "qwen2.5-7b": QWEN_2_5_7B, "phi-4-mini": PHI_4_MINI}

@@ -63,6 +63,7 @@ def describe(
     recipe: Mapping[str, Any] | None = None,
     assume_memory_gb: float | None = None,
     assume_prompt_tokens: int | None = None,
+    assume_processes: int | None = None,
     peft_config=None,
 ) -> DryRun:
     """Prints what a run would be and whether its device has the memory for it.
@@ -73,6 +74,7 @@ def describe(
         recipe: the options that a recipe or a configuration file set, to say where a value comes from.
         assume_memory_gb: the memory of the device that the run is meant for; that of this machine's if not given.
         assume_prompt_tokens: where the data file is not here, prompts of so many student tokens are assumed; None: an error.
+        assume_processes: the processes that the run is meant for, a device each; those of this one's launcher if not given.
         peft_config: the adapter that the student is trained with, if any.
 
     Raises:
@@ -81,6 +83,9 @@ def describe(
     """
     if assume_memory_gb is not None and not 0 < assume_memory_gb < math.inf:
         raise ValueError(f"assume_memory_gb is {assume_memory_gb}: expected a number above 0")
+    if assume_processes is not None and assume_processes < 1:
+        raise ValueError(f"assume_processes is {assume_processes}: expected at least 1")
+    processes = assume_processes or config.world_size
     absent = (
         assume_prompt_tokens is not None and Path(run.data).suffix in (*JSONL, *PARQUET) and not Path(run.data).exists()
     )
@@ -127,11 +132,13 @@ def describe(
     compare_thoughts(own := student_renderer(tokenizers[0], config), teacher_renderer(tokenizers[1], own, config))
     available = int(assume_memory_gb * 1e9) if assume_memory_gb else device_memory(config.device)
     on_cpu = dtype == torch.float32
-    numbers = numbers_of(config, student, max(lengths), len(pair.shared), on_cpu=on_cpu, available=available)
+    numbers = numbers_of(
+        config, student, max(lengths), len(pair.shared), on_cpu=on_cpu, available=available, processes=processes
+    )
     memory = estimate(student, teacher, **numbers)
     console.print(memory_table(memory, available))
 
-    prompts_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    prompts_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     number = None if run.streaming or records is None else len(records)
     if run.streaming and config.max_steps <= 0:
         raise ValueError(f"max_steps is {config.max_steps}, but the data are streamed: expected a number of steps")
@@ -158,7 +165,9 @@ def describe(
     )
     if records is not None:
         _warn_of_context(console, student, lengths, config.max_new_tokens)
-    for note in _notes(config, student, teacher, available):
+    if processes > 1 and teacher is not None:
+        console.print(_teacher_of_many(student, teacher, numbers, available), highlight=False)
+    for note in _notes(config, student, teacher, numbers, available):
         console.print(note, style="yellow", markup=False, highlight=False)
 
     fitting = fits(memory, available)
@@ -211,9 +220,10 @@ def numbers_of(
     *,
     on_cpu: bool = False,
     available: int = 0,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """The arguments of `estimate` that a configuration means, with prompts of so many tokens. `available`: bytes of the device, of
-    which a vLLM in this process takes its share."""
+    which a vLLM in this process takes its share. `processes`: of the run."""
     generations = _get(config, "num_generations", 1)
     sequence = prompt_tokens + config.max_new_tokens
     # Sequences are never cut: one that is longer than the budget goes through alone.
@@ -225,6 +235,7 @@ def numbers_of(
     if copy is None and config.bf16 and weights == torch.float32 and not on_cpu:
         copy = "bfloat16"
     copy = getattr(torch, copy) if copy else None
+    sharded = config.shards_student and processes > 1
     engine, served = config.rollout_engine, None
     if engine in ("vllm", "vllm-server"):
         # Without a share of its own it takes what the training leaves: its weights and one sequence must have room.
@@ -240,7 +251,8 @@ def numbers_of(
         optim=str(getattr(config.optim, "value", config.optim)),
         compute_dtype=compute,
         gradient_checkpointing=bool(config.gradient_checkpointing or _get(config, "activation_checkpointing", False)),
-        rollout_dtype=copy if copy != weights else None,
+        # Of a sharded student samples come from a whole copy.
+        rollout_dtype=(copy or weights) if sharded and served is None else copy if copy != weights else None,
         kv_cache_bytes=None if cache is None else int(cache * 1e9),
         vllm_bytes=served,
         shared_tokens=shared_tokens,
@@ -249,6 +261,9 @@ def numbers_of(
         device_type="cpu" if on_cpu else "cuda",
         objective=_get(config, "objective", "simct"),
         teacher_top_k=_get(config, "teacher_top_k", 64),
+        processes=processes,
+        shard_student=sharded,
+        shard_teacher=config.shares_teacher(processes),
     )
 
 
@@ -264,7 +279,9 @@ def changes_that_fit(
         ("--gradient_checkpointing true", {"gradient_checkpointing": True}),
         (f"--max_tokens_per_batch {sequence}", {"batch_tokens": min(sequence, numbers["batch_tokens"])}),
         (f"--kv_cache_gb {cache / 1e9:.0f}", {"kv_cache_bytes": min(numbers["kv_cache_bytes"] or cache, cache)}),
+        *([("--shard_teacher true", {"shard_teacher": True})] if numbers["processes"] > 1 else []),
         ("--offload_teacher true", {"offload_teacher": True}),
+        *([("--fsdp true", {"shard_student": True, "shard_teacher": True})] if numbers["processes"] > 1 else []),
         ("--optim adamw_bnb_8bit", {"optim": "adamw_bnb_8bit"}),
         ("--kv_cache_gb 2", {"kv_cache_bytes": min(numbers["kv_cache_bytes"] or cache, 2_000_000_000)}),
     ]
@@ -290,14 +307,27 @@ def _verdict(memory: MemoryEstimate, available: int, changes: list[str] | None) 
     if changes is None:
         text += (
             "No change of options known here is enough: train an adapter (LoRA), shorten max_new_tokens, quantise the teacher, or "
-            "share the student among several devices (FSDP)."
+            "share the student among several devices (--fsdp)."
         )
     else:
         text += f"It would fit with {' '.join(changes)}"
     return Text(text, style="bold red")
 
 
-def _notes(config, student: nn.Module, teacher: nn.Module | None, available: int) -> list[str]:
+def _teacher_of_many(student: nn.Module, teacher: nn.Module, numbers: Mapping[str, Any], available: int) -> Text:
+    """Which of the two fits: a teacher that the processes share, or a copy in each."""
+    said = []
+    for shared, how in (True, "shared out among them"), (False, "with a copy in each"):
+        memory = estimate(student, teacher, **{**numbers, "shard_teacher": shared})
+        verdict = "fits" if fits(memory, available) else "does not fit"
+        said.append(f"{how} a device holds {memory.peak / 1e9:.1f} GB at most, which {verdict}")
+    now = "shares it out" if numbers["shard_teacher"] else "has copies"
+    return Text(
+        f"The teacher of {numbers['processes']} processes: {'; '.join(said)}. This run {now} (--shard_teacher)."
+    )
+
+
+def _notes(config, student: nn.Module, teacher: nn.Module | None, numbers, available: int) -> list[str]:
     notes = []
     if teacher is None:
         served = without_secrets("teacher_url", config.teacher_url)
@@ -310,16 +340,17 @@ def _notes(config, student: nn.Module, teacher: nn.Module | None, available: int
             continue
         if getattr(model.config, "quantization_config", None) or "quantization_config" in (options or {}):
             notes.append(f"The {role} is quantised: its weights take less than is counted here.")
-    if config.fsdp:
+    if config.shards_student and numbers["processes"] == 1:
         notes.append(
-            "FSDP shares the student's weights, gradients and optimiser states among the processes: not counted here. "
-            "The teacher is whole in each."
+            "FSDP shares the models out among the processes: --assume_processes says how many; one is counted."
         )
-    if teacher is not None and weight_bytes(teacher) > _usable(available):
+    shared = numbers["shard_teacher"]
+    if teacher is not None and not shared and weight_bytes(teacher) > _usable(available):
         notes.append(
             f"The teacher's weights, {weight_bytes(teacher) / 1e9:.0f} GB, do not fit this device whole, offloaded or not: "
             "spread it over several (one process, "
-            '--teacher_model_init_kwargs \'{"device_map": "auto"}\'), or let a server hold it (--teacher_url).'
+            '--teacher_model_init_kwargs \'{"device_map": "auto"}\'; several processes, --shard_teacher), or let a server hold it '
+            "(--teacher_url)."
         )
     elif "device_map" in (config.teacher_model_init_kwargs or {}):
         notes.append("The teacher stays where its device_map puts it: here it is counted as if whole on this device.")

@@ -55,6 +55,9 @@ class RunArguments:
     assume_memory_gb: float | None = option(
         None, "dry_run: the memory of the device that the run is meant for.", "When that device is not here."
     )
+    assume_processes: int | None = option(
+        None, "dry_run: the processes that the run is meant for, a device each.", "For a run on several GPUs."
+    )
 
 
 def train(argv: list[str]) -> None:
@@ -187,7 +190,8 @@ def dry_run(run: RunArguments, config, argv: list[str], adapter) -> bool:
     given = {}
     for _, options in option_files(argv):
         given.update(options)
-    assumed = dict(assume_memory_gb=run.assume_memory_gb, assume_prompt_tokens=ASSUMED_PROMPT_TOKENS)
+    assumed = dict(assume_memory_gb=run.assume_memory_gb, assume_processes=run.assume_processes)
+    assumed["assume_prompt_tokens"] = ASSUMED_PROMPT_TOKENS
     return describe(run, config, console, recipe=given, peft_config=adapter, **assumed).fits
 
 

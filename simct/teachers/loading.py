@@ -10,6 +10,7 @@ from transformers.utils import is_flash_attn_2_available
 from simct.models.loading import NO_CODE, SOURCE, load_generation_config, load_model, load_tokenizer
 from simct.teachers.local import LocalTeacher
 from simct.teachers.served import ServedTeacher, check_objective, check_server_options
+from simct.teachers.sharded import load_once
 
 Teacher = str | PreTrainedModel | LocalTeacher | ServedTeacher
 
@@ -50,13 +51,24 @@ def load_teachers(
             continue
         dtype = torch.float32 if args.device.type == "cpu" else torch.bfloat16
         options = {"dtype": dtype, **(args.teacher_model_init_kwargs or {})}
-        model = load_model(model, label, allow_missing_weights=args.allow_missing_weights, **options)
+
+        def load(model=model, label=label, options=options) -> PreTrainedModel:
+            return load_model(model, label, allow_missing_weights=args.allow_missing_weights, **options)
+
+        model = load_once(load, args.process_index) if isinstance(model, str) and once(args, options) else load()
         if not isinstance(teachers[name], PreTrainedModel) and "attn_implementation" not in options:
             take_flash_attention(model, args.device)
         if model is student:
             raise ValueError(f"{label} is the student's own model object: it would be frozen, load it twice")
         found[name] = LocalTeacher(model, load_tokenizer(own, model, label, **options))
     return found
+
+
+def once(args: Any, options: dict[str, Any]) -> bool:
+    """Whether one process reads the weights for all, since they are shared out among them: not where they could not be, and not of
+    a model whose code came with it, which the others would have to load."""
+    elsewhere = {"device_map", "quantization_config", "gguf_file", "tp_plan"} & options.keys()
+    return args.shares_teacher(args.world_size) and not elsewhere and not options.get("trust_remote_code")
 
 
 def take_flash_attention(model: PreTrainedModel, device: torch.device) -> None:

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from simct.models.checks import check_head, check_vocabulary, context_length
 from simct.models.hidden import Layout, response_hidden_states
 from simct.models.loading import is_dispatched
 from simct.teachers.offload import Offloaded
+from simct.teachers.sharded import shard
 from simct_kernels import LMHead, token_statistics
 
 Rows = tuple[Tensor, LMHead]  # hidden rows [N, H] and the head that they belong to
@@ -44,19 +46,27 @@ class LocalTeacher:
         check_vocabulary(model, tokenizer, "teacher")
         self.layout = Layout()
         self._offloaded: Offloaded | None = None
+        self.sharded = False  # then every process must score as often as the others
         self._head: LMHead | None = None
 
-    def place(self, device: torch.device, *, packing: str = "auto", offload: bool = False) -> None:
+    def place(
+        self, device: torch.device, *, packing: str = "auto", offload: bool = False, mesh: DeviceMesh | None = None
+    ) -> None:
         """Puts the model on the device that it scores on. `offload`: only its head; the rest waits in main memory and is on the
-        device inside `on_device()` only. Quantised models and those spread over devices (`device_map`) stay where they were
-        loaded; the rows that they give, and the head, are on `device`. `packing`: see `Layout.of`.
+        device inside `on_device()` only. `mesh`: the processes that its layers are shared out among; with `offload` the shares
+        wait in main memory. Quantised models and those spread over devices (`device_map`) stay where they were loaded; the rows
+        that they give, and the head, are on `device`. `packing`: see `Layout.of`.
 
-        Raises ValueError for `offload` of a model that stays, for a head that is on no device, and as said at the class."""
-        quantised, spread = getattr(self.model, "is_quantized", False), is_dispatched(self.model)
-        if offload and (quantised or spread):
-            kind = "quantised" if quantised else f"spread over devices ({len(set(self.model.hf_device_map.values()))})"
-            raise ValueError(f"offload_teacher is True, but the teacher is {kind}: its weights cannot be moved")
-        if not (quantised or spread):
+        Raises ValueError for `offload` or a `mesh` with a model that stays, for a head that is on no device, and as said at the
+        class."""
+        stays = self.stays
+        if stays and (offload or mesh is not None):
+            option = "offload_teacher" if offload else "shard_teacher"
+            raise ValueError(f"{option} is True, but the teacher is {stays}: its weights cannot be moved")
+        if mesh is not None:
+            shard(self.model, mesh, device, offload=offload)
+            self.sharded = True
+        elif not stays:
             self.model.to(device)
         if LMHead.from_model(self.model).weight.is_meta:
             raise ValueError("device_map leaves the teacher's head in main memory or on disk: expected it on a device")
@@ -66,12 +76,21 @@ class LocalTeacher:
         if head.weight.device != device:
             bias = None if head.bias is None else head.bias.detach().to(device)
             head = replace(head, weight=head.weight.detach().to(device), bias=bias)
-        if offload and device.type != "cpu":
+        if offload and mesh is None and device.type != "cpu":
             tensors = [tensor for tensor in (head.weight, head.bias) if tensor is not None]
             stay = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]  # a part of a padded head
             stay += [p for p in self.model.get_output_embeddings().parameters()]
             self._offloaded = Offloaded(self.model, device, tuple(stay))
         self._head = head
+
+    @property
+    def stays(self) -> str | None:
+        """Why its weights stay where they were loaded; None if they can be moved."""
+        if getattr(self.model, "is_quantized", False):
+            return "quantised"
+        if is_dispatched(self.model):
+            return f"spread over devices ({len(set(self.model.hf_device_map.values()))})"
+        return None
 
     @property
     def head(self) -> LMHead:
@@ -112,7 +131,7 @@ class LocalTeacher:
     @torch.no_grad()
     def hidden_states(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         """Hidden rows [N_t, H_t] that predict the tokens of the responses (teacher token ids, without padding)."""
-        if not any(responses):
+        if not any(responses) and not self.sharded:
             return torch.empty(0, self.head.weight.shape[1], dtype=self.model.dtype, device=self.head.weight.device)
         sequences = self.layout.build(prompts, responses).to(self.model.device)
         return response_hidden_states(self.model, sequences).to(self.head.weight.device)

@@ -53,6 +53,8 @@ class ServedTeacher:
             a kind of server that has no log-probabilities of prompts.
     """
 
+    sharded = False
+
     def __init__(
         self,
         base_url: str,

@@ -1,7 +1,6 @@
 """What a run is checked for before any long work. Each check raises a ValueError that names the argument, its value and what was
 expected."""
 
-import os
 import shutil
 import tempfile
 import warnings
@@ -15,6 +14,7 @@ from simct.data.prompts import short
 from simct.data.records import COLUMNS, place_of, reference_answer, rows
 from simct.data.sources import dataset_rows
 from simct.models.checks import context_length
+from simct.training.config import is_on
 
 
 def check_datasets(train_dataset, eval_dataset) -> None:
@@ -69,18 +69,13 @@ def check_run(config, train_dataset, eval_dataset) -> None:
         raise ValueError(
             "fsdp_config names version 1: expected 2 (FSDP2), whose parameters keep their names and shapes"
         )
-    sharded = config.fsdp or _is_on("ACCELERATE_USE_FSDP")
-    if sharded and _is_on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+    if config.shards_student and is_on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ValueError(
             "fsdp_config has cpu_ram_efficient_loading on: expected False (in accelerate's own configuration, "
             "fsdp_cpu_ram_efficient_loading: false). transformers would then load weights in the first process of a machine only, "
             "those of the teacher as well, which no sharding sends to the others"
         )
     check_writable(config.output_dir)
-
-
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
 def usable_records(name: str, dataset, student: nn.Module, render, scorers: dict, config):

@@ -24,6 +24,11 @@ def one_of(name: str, value, choices) -> None:
         raise ValueError(f"{name} is {value!r}: expected one of {', '.join(map(repr, choices))}")
 
 
+def is_on(variable: str) -> bool:
+    """Whether a variable of the environment says yes, as accelerate reads it."""
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
 def from_json(name: str, value):
     """A mapping given as JSON on the command line; anything else as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
@@ -172,7 +177,7 @@ class SimCTConfig(SimCTOptions, TrainingArguments):
             raise ValueError(f"seed is {self.seed}: expected a number in [0, 2^32)")
 
     def _refuse_deepspeed(self) -> None:
-        by_launcher = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes", "on", "y", "t")
+        by_launcher = is_on("ACCELERATE_USE_DEEPSPEED")
         if self.deepspeed or by_launcher:
             given = f"{shown_text(repr(self.deepspeed))}" if self.deepspeed else "on, by accelerate's configuration"
             raise ValueError(
@@ -235,6 +240,15 @@ class SimCTConfig(SimCTOptions, TrainingArguments):
         # The run's device, not the student's: to be sharded it still waits in main memory.
         on_gpu = self.rollout_engine == "vllm" or self.device.type != "cpu"
         return torch.bfloat16 if self.bf16 and student.dtype == torch.float32 and on_gpu else None
+
+    @property
+    def shards_student(self) -> bool:
+        """FSDP, by an option or by accelerate's own configuration."""
+        return bool(self.fsdp) or is_on("ACCELERATE_USE_FSDP")
+
+    def shares_teacher(self, processes: int) -> bool:
+        """Whether so many processes share a teacher's weights out among them: as said, else as the student's."""
+        return processes > 1 and (self.shards_student if self.shard_teacher is None else self.shard_teacher)
 
     def engine_options(self, student) -> dict:
         """The keyword arguments of `simct.rollouts.engines.build_engine`."""

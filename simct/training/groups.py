@@ -51,8 +51,8 @@ GROUPS = {
     "memory": Group(
         "Memory and speed",
         (
-            "max_tokens_per_batch", "packing", "gradient_checkpointing", "offload_teacher", "backend", "chunk_rows", "dry_run",
-            "assume_memory_gb",
+            "max_tokens_per_batch", "packing", "gradient_checkpointing", "offload_teacher", "shard_teacher", "backend",
+            "chunk_rows", "dry_run", "assume_memory_gb", "assume_processes",
         ),
         ("bf16", "fp16", "use_cpu", "fsdp", "torch_compile"),
     ),

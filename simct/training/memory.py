@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import nn
 
 from simct.training.loss_memory import loss_bytes, shared_rows_bytes
+from simct.training.sharded_memory import gathered_of_student, layer_size, shares, size_of, teacher_sizes
 
 RESERVE = 0.08  # share of a device's memory kept free: the context of CUDA, workspaces, fragmentation
 
@@ -20,7 +21,7 @@ PARTS = {
     "student_weights": "student: weights",
     "gradients": "student: gradients",
     "optimizer": "student: optimiser states",
-    "cast_weights": "student: weights cast for bf16/fp16 autocast",
+    "cast_weights": "student: weights cast for bf16/fp16 autocast, or gathered",
     "rollout_copy": "student: low-precision copy for rollouts",
     "kv_cache": "rollouts: keys and values",
     "vllm": "rollouts: vLLM's weights, keys and values",
@@ -104,8 +105,11 @@ def estimate(
     device_type: str = "cuda",
     objective: str = "simct",
     teacher_top_k: int = 64,
+    processes: int = 1,
+    shard_student: bool = False,
+    shard_teacher: bool = False,
 ) -> MemoryEstimate:
-    """The bytes of each part of a run.
+    """The bytes of each part of a run, in each of its processes.
 
     Args:
         student, teacher: models, on any device ("meta" costs nothing); what of the student is trained is read from
@@ -123,6 +127,8 @@ def estimate(
         chunk_rows: as `linear_simct_loss`; by device if not given.
         objective: as `SimCTConfig.objective`.
         teacher_top_k: log-probabilities of each row, of a served teacher.
+        processes: of the run, each with a device. shard_student, shard_teacher: they share the model's weights out among them
+            (FSDP2; the teacher's head is whole in each), and what is trained of them.
     Raises:
         ValueError: a count below 1.
     """
@@ -133,33 +139,45 @@ def estimate(
     sequence_tokens = prompt_tokens + response_tokens
     rows = -(-batch_tokens * response_tokens // sequence_tokens)
     parameters = list(student.parameters())  # tied weights come once
-    trained = [p for p in parameters if p.requires_grad]
+    held = shares(parameters, processes if shard_student else 1)
+    trained = [share for p, share in zip(parameters, held, strict=True) if p.requires_grad]
     dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
     compute = compute_dtype or dtype
     autocast = compute != dtype
     cache_dtype = rollout_dtype or compute
+    gathered = shard_student and processes > 1
     layer = layer_bytes(student, sequence_tokens, dtype, compute)
+    # What a backward makes of a layer's tensors; with checkpointing, after making the tensors themselves again.
+    working = batch_tokens * layer * (2 if gradient_checkpointing else 1)
+    if gathered:  # a layer's gradients, whole, and as they are sent
+        working += 2 * layer_size(student, compute.itemsize)
+        cast = gathered_of_student(student, compute.itemsize)
+    else:
+        cast = cast_bytes(student, compute, gradient_checkpointing) if autocast else 0
     cache = kv_cache_bytes_of(student, sequence_tokens, cache_dtype.itemsize) * rollouts
-    teacher_weights = teacher_working = 0
+    teacher_weights = teacher_working = teacher_head = 0
     row_bytes = teacher_top_k * (8 + 4) + 4  # ids, their log-probabilities, the token's
     if teacher is not None:
         teacher_dtype = next(p.dtype for p in teacher.parameters() if p.is_floating_point())
         teacher_weights = weight_bytes(teacher)
         teacher_working = batch_tokens * forward_bytes(teacher, sequence_tokens, teacher_dtype.itemsize)
+        teacher_head = weight_bytes(teacher.get_output_embeddings())
+        if shard_teacher and processes > 1:
+            teacher_weights, whole = teacher_sizes(teacher, processes, offload_teacher)
+            teacher_working += whole
         row_bytes = _config(teacher).hidden_size * teacher_dtype.itemsize
     return MemoryEstimate(
-        student_weights=weight_bytes(student),
-        gradients=sum(p.numel() * p.element_size() for p in trained),
+        student_weights=size_of(held) + size_of(student.buffers()),
+        gradients=size_of(trained),
         optimizer=optimizer_bytes(trained, optim),
-        cast_weights=cast_bytes(student, compute, gradient_checkpointing) if autocast else 0,
+        cast_weights=cast,
         rollout_copy=sum(p.numel() for p in parameters) * rollout_dtype.itemsize if rollout_dtype else 0,
         kv_cache=0 if vllm_bytes is not None else cache if kv_cache_bytes is None else min(cache, kv_cache_bytes),
         vllm=vllm_bytes or 0,
         activations=activation_bytes(
             student, batch_tokens, sequence_tokens, compute_dtype=compute, checkpointing=gradient_checkpointing
         ),
-        # What a backward makes of a layer's tensors; with checkpointing, after making the tensors themselves again.
-        working=batch_tokens * layer * (2 if gradient_checkpointing else 1),
+        working=working,
         teacher_weights=teacher_weights,
         teacher_working=teacher_working,
         teacher_hidden=rollouts * response_tokens * row_bytes,
@@ -168,14 +186,14 @@ def estimate(
             teacher, shared_tokens, student.get_output_embeddings().weight.shape[0], objective
         ),
         loss=loss_bytes(student, teacher, rows, compute, shared_tokens, chunk_rows, device_type, objective),
-        teacher_head=0 if teacher is None else weight_bytes(teacher.get_output_embeddings()),
+        teacher_head=teacher_head,
         offload_teacher=offload_teacher,
     )
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Parameters, tied ones once, and buffers, each in its own dtype."""
-    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    return size_of([*model.parameters(), *model.buffers()])
 
 
 def optimizer_bytes(trained: list[nn.Parameter], optim: str) -> int:

@@ -5,6 +5,8 @@ A budget changes how the work is cut, never its result: the loss is a sum over s
 
 from dataclasses import dataclass
 
+from accelerate.utils import gather_object
+
 from simct.models.hidden import Layout, PackedSequences, first_fit
 from simct.pairing.pair import Alignment
 from simct.teachers.local import Rows, ServedRows
@@ -51,6 +53,25 @@ def split(samples: Samples, layout: Layout, budget: int | None, default_teacher:
             bins = _in_rows(lengths, budget, share_rows=layout.packed)
         found += [MicroBatch.build(own.pick(members), layout, teacher) for members in bins]
     return found or [empty(layout, default_teacher)]
+
+
+def fill_up(
+    batches: list[list[MicroBatch]], layout: Layout, teachers: list[str] | None, default_teacher: str
+) -> list[list[MicroBatch]]:
+    """Each list with empty micro-batches at its end, so that it is as long in every process: with as many of each of `teachers`, or
+    in all. Every process must call it, with as many lists."""
+
+    def count(found: list[MicroBatch], name: str) -> int:
+        return len(found) if teachers is None else sum(part.teacher == name for part in found)
+
+    names = [default_teacher] if teachers is None else teachers
+    own = [[count(found, name) for name in names] for found in batches]
+    filled = []
+    for found, here, everywhere in zip(batches, own, zip(*gather_object([own]), strict=True), strict=True):
+        most = [max(counts) for counts in zip(*everywhere, strict=True)]
+        more = [(name, n - had) for name, had, n in zip(names, here, most, strict=True)]
+        filled.append(found + [empty(layout, name) for name, n in more for _ in range(n)])
+    return filled
 
 
 def empty(layout: Layout, teacher: str) -> MicroBatch:

@@ -162,6 +162,13 @@ class SimCTOptions:
         "Keep the teacher in main memory except while it scores.",
         "When teacher and student do not fit together.",
     )
+    shard_teacher: bool | None = option(
+        None,
+        "Share the teacher's weights out among the processes, in place of a copy in each. Not given: under --fsdp only.",
+        "`true` for a teacher that fits no device beside a student that does; `false` under --fsdp where a copy fits, for speed.",
+        nargs="?",
+        const=True,
+    )
     on_nonfinite: str = option(
         "stop",
         "A loss or gradient that is no number, or a step without a unit to learn from: stop the run, or skip the step. Either is "

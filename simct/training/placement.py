@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from simct.models.checks import check_head
 from simct.models.hidden import uses_flash
 from simct.models.loading import is_dispatched
 from simct.rollouts.protocol import RolloutEngine
+from simct.teachers.local import LocalTeacher
+from simct.teachers.served import ServedTeacher
 
 SAMPLED = 1 << 16  # elements of each weight that `moved_share` looks at
 
@@ -47,6 +51,46 @@ def place_student(trainer) -> PreTrainedModel:
         check_head(student, "student")
     warn_of_still_weights(student, trainer.args)
     return student
+
+
+def shard_student(trainer) -> None:
+    """FSDP shards the student where training begins, and leaves it in main memory until then. What comes before, an evaluation,
+    needs it on the devices: it is sharded now, with its optimiser, as accelerate wants it, and training finds it so."""
+    if not trainer.is_fsdp_enabled or isinstance(trainer.model, FSDPModule):
+        return
+    trainer.create_optimizer()
+    trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.model_wrapped = trainer.model
+    # By now its layers have it; where training begins they would get it once more.
+    trainer.accelerator.state.fsdp_plugin.activation_checkpointing = False
+
+
+def place_teachers(trainer, teachers: dict[str, LocalTeacher | ServedTeacher]) -> None:
+    """Each where it scores: whole on the device of each process, or shared out among the processes. ValueError for `shard_teacher`
+    where there is nobody to share with, and as said at `LocalTeacher.place`."""
+    config, local = trainer.args, [each for each in teachers.values() if isinstance(each, LocalTeacher)]
+    if config.shard_teacher:
+        if config.world_size == 1:
+            raise ValueError(
+                "shard_teacher is True, but there is one process: expected several (torchrun, accelerate launch); one process "
+                "spreads a teacher over its GPUs with teacher_model_init_kwargs={'device_map': 'auto'}"
+            )
+        if not local:
+            raise ValueError("shard_teacher is True, but the teacher is served: its weights are not here")
+    mesh = processes_that_share(trainer) if config.shares_teacher(config.world_size) and local else None
+    for teacher in teachers.values():
+        options = {"packing": config.packing, "offload": config.offload_teacher}
+        if isinstance(teacher, LocalTeacher) and (config.shard_teacher or not teacher.stays):
+            options["mesh"] = mesh
+        teacher.place(config.device, **options)
+
+
+def processes_that_share(trainer) -> DeviceMesh:
+    """Those that share the student under FSDP (with accelerate's hybrid sharding, those of a group), else all."""
+    mesh = getattr(trainer.accelerator, "torch_device_mesh", None)
+    if mesh is None:
+        return init_device_mesh(trainer.args.device.type, (trainer.args.world_size,))
+    return mesh[tuple(trainer.accelerator.parallelism_config.fsdp_dim_names)]
 
 
 def warn_of_still_weights(student: nn.Module, config) -> None:

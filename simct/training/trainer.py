@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
@@ -42,10 +41,10 @@ from simct.training.config import SimCTConfig
 from simct.training.evaluation import Evaluation
 from simct.training.faults import is_out_of_memory, release_memory
 from simct.training.guards import Guards
-from simct.training.micro_batches import MicroBatch, empty, split
+from simct.training.micro_batches import MicroBatch, fill_up, split
 from simct.training.model_card import ModelCards
 from simct.training.objectives import supervised_units, unit_loss
-from simct.training.placement import float32_masters, place_student, student_options
+from simct.training.placement import float32_masters, place_student, place_teachers, student_options
 from simct.training.recorder import Recorder
 from simct.training.samples import Samples
 from simct_kernels import LMHead, token_statistics
@@ -118,8 +117,7 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         )
         student = place_student(self)
         self.layout = Layout.of(student, args.packing, self.accelerator.autocast)
-        for found in teachers.values():
-            found.place(args.device, packing=args.packing, offload=args.offload_teacher)
+        place_teachers(self, teachers)
         self.scorers = {name: scorer.to(args.device) for name, scorer in scorers.items()}
         self.default_teacher, first = next(iter(self.scorers.items()))
         self.teacher, self.pair, self.shared = first.teacher, first.pair, first.shared
@@ -241,16 +239,16 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         self._records, self._used = given, used
 
     def as_many_everywhere(self, batches: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
-        """With several processes: each list filled up with empty micro-batches, so that every process goes through the model as
-        often (the collectives of sharded models are made there)."""
+        """With several processes: each list filled up with empty micro-batches, so that every process goes through the student, and
+        through each teacher that is sharded, as often (the collectives of sharded models are made there)."""
         if self.accelerator.num_processes == 1:
             return batches
-        counts = gather_object([[len(found) for found in batches]])
-        most = [max(count) for count in zip(*counts, strict=True)]
-        return [
-            found + [empty(self.layout, self.default_teacher)] * (n - len(found))
-            for found, n in zip(batches, most, strict=True)
-        ]
+        teachers = list(self.scorers) if self.has_sharded_teacher else None
+        return fill_up(batches, self.layout, teachers, self.default_teacher)
+
+    @property
+    def has_sharded_teacher(self) -> bool:
+        return any(scorer.teacher.sharded for scorer in self.scorers.values())
 
     def _update_engine(self) -> None:
         with self.phase("rollout"):
@@ -304,12 +302,15 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         return total
 
     def _part_step(self, model: nn.Module, part: MicroBatch, tokens: Tensor | None, last: bool) -> Tensor:
+        # A sharded student adds up its shares of the gradients: not synchronised, each process would hold all of them whole.
+        together = last or self.is_fsdp_enabled
+        sharded = self.is_fsdp_enabled or self.has_sharded_teacher  # the other processes would wait for the second try
         try:
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if together else self.accelerator.no_sync(model):
                 return super().training_step(model, {"part": part}, tokens)
         except Exception as error:
             # In the backward pass some gradients are already added up: it cannot be done again.
-            if not is_out_of_memory(error) or not self._in_forward or self.is_fsdp_enabled or len(part.samples) < 2:
+            if not is_out_of_memory(error) or not self._in_forward or sharded or len(part.samples) < 2:
                 raise
             message = str(error)
         # Outside of the handler: the error holds on to what was allocated.

@@ -262,7 +262,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
-from simct_kernels import LMHead, linear_simct_loss
+from simct_kernels import LMHead, candidate_mass, linear_simct_loss, token_statistics
 from tests.kernels.cases import make_problem
 
 assert "simct_kernels.triton_backend" not in sys.modules, "importing the package imports its Triton backend"
@@ -295,6 +295,10 @@ except ValueError as error:
 gathered = trained.weight.full_tensor(grad_placements=[Partial()])
 call(LMHead(gathered, head.bias)).backward()
 assert trained.weight.grad.full_tensor().equal(head.weight.grad)
+statistics = token_statistics(hidden, head, units.student_tokens)
+assert all(a.equal(b) for a, b in zip(token_statistics(hidden, trained, units.student_tokens), statistics, strict=True))
+masses = [candidate_mass(hidden, each, units, shared, side="student") for each in (trained, head)]
+assert masses[0].equal(masses[1])
 try:
     call(hidden=distribute_tensor(hidden.detach(), mesh, [Replicate()]))
     raise SystemExit("DTensor hidden states were not refused")
