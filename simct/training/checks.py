@@ -75,6 +75,9 @@ def check_run(config, train_dataset, eval_dataset) -> None:
             "fsdp_cpu_ram_efficient_loading: false). transformers would then load weights in the first process of a machine only, "
             "those of the teacher as well, which no sharding sends to the others"
         )
+    if config.shards_student:  # else each process would hold all gradients whole until the last batch of a step
+        options = config.accelerator_config.gradient_accumulation_kwargs or {}
+        config.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True, **options}
     check_writable(config.output_dir)
 
 

@@ -35,7 +35,7 @@ trainer = SimCTTrainer(str(ASSETS / "student"), str(ASSETS / "teacher"), config,
 trainer.train()
 metrics = trainer.evaluate()
 trainer.save_model(result + "-saved")
-assert sharded == any(cls.__name__ == "FSDPModule" for cls in type(trainer.model).__mro__)
+assert sharded == trainer.teacher.sharded == any(cls.__name__ == "FSDPModule" for cls in type(trainer.model).__mro__)
 named = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
 weights = {name: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for name, p in named}
 if trainer.is_world_process_zero():

@@ -33,7 +33,8 @@ from simct.teachers import loading
 torch.set_num_threads(1)
 shard_on_a_cpu()
 root = Path(sys.argv[1])
-fsdp = dict(fsdp=True, fsdp_config=dict(transformer_layer_cls_to_wrap=["LlamaDecoderLayer"], state_dict_type="FULL_STATE_DICT"))
+wrapped = dict(transformer_layer_cls_to_wrap=["LlamaDecoderLayer"], state_dict_type="FULL_STATE_DICT")
+fsdp = dict(fsdp=True, gradient_accumulation_steps=2, fsdp_config=wrapped)
 both = ("untied", "tied")
 answer = " of the server; 1024 bytes"
 answered = [{**record, "completion": answer, "teacher": both[i > 2]} for i, record in enumerate(PROMPTS[:5])]
@@ -63,6 +64,14 @@ def run(kind, teacher="untied", records=PROMPTS, **options):
     )
     before = trainer.evaluate()
     sharded = isinstance(trainer.model, FSDPModule)
+    gradients, step = [], trainer._part_step
+
+    def part_step(*args, **options):
+        loss = step(*args, **options)
+        gradients.append(all(hasattr(p.grad, "to_local") for p in trainer.model.parameters()))
+        return loss
+
+    trainer._part_step = part_step
     trainer.train()
     drawn = [sample.teacher for sample in trainer._drawn]
     return dict(
@@ -70,7 +79,7 @@ def run(kind, teacher="untied", records=PROMPTS, **options):
         losses=[row["loss"] for row in trainer.state.log_history if "loss" in row],
         before={name: value for name, value in before.items() if "kl" in name}, read=list(read), sharded=sharded,
         after=trainer.evaluate()["eval_forward_kl_per_byte"], held=held(trainer.teacher),
-        told=estimate_of(trainer).teacher_weights, shared=trainer.teacher.sharded,
+        told=estimate_of(trainer).teacher_weights, shared=trainer.teacher.sharded, gradients=gradients,
     )
 
 
@@ -137,6 +146,8 @@ def test_two_processes_share_a_teacher(programs, tmp_path, teachers):
             assert case["shared"] == ("copied" not in name)
             # Evaluated before the first step, and sharded by then.
             assert case["sharded"] == name.startswith("fsdp")
+            # Its gradients are shares after each micro-batch, never whole in each process.
+            assert set(case["gradients"]) == {case["sharded"]} and len(case["gradients"]) >= 2 + 2 * case["sharded"]
             loaded = [label for label in case["read"] if label.startswith("teacher")]
             assert len(loaded) == (0 if process and case["shared"] else 1 + name.startswith("two")), name
             if case["shared"]:
