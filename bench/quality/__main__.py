@@ -41,10 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if os.isatty(1) else 200)
     design = QUICK if options.quick else Design()
-    groups = tuple(tuple(pair for pair in group if pair in options.pairs) for group in design.groups)
-    design = replace(design, groups=tuple(filter(None, groups)))
-    if options.seeds is not None:
-        design = replace(design, seeds={pair: min(n, options.seeds) for pair, n in design.seeds.items()})
+    most = options.seeds if options.seeds is not None else max(last for _, _, last in design.stages)
+    stages = [(pair, first, min(last, most)) for pair, first, last in design.stages if pair in options.pairs]
+    design = replace(design, stages=tuple(stage for stage in stages if stage[1] <= stage[2]))
     results = Results(folder)
     if not options.show:
         texts = make_texts(**design.prompts)

@@ -16,14 +16,14 @@ class Arm:
     sft: bool = False
 
 
-CORE = {  # what the contrasts of CONTRASTS.md need, and what both sides are measured by
+CORE = {  # what the contrasts of CONTRASTS.md need
     "sft": Arm("SFT on the teacher's samples", data="teacher", sft=True),
     "strict": Arm("strict: 1:1 units", {"units": "single"}),
     "simct": Arm("SimCT (paper)"),
     "escd": Arm("ESCD", {"objective": "escd"}),
-    "kd": Arm("off-policy KD: forward KL", {"beta": 0.0, "on_policy_fraction": 0.0}, data="teacher"),
 }
 FURTHER = {
+    "kd": Arm("off-policy KD: forward KL", {"beta": 0.0, "on_policy_fraction": 0.0}, data="teacher"),
     "strict-top16": Arm("strict, top 16", {"units": "single", "top_k": 16}),
     "disjoint": Arm("SimCT, disjoint", {"candidates": "disjoint"}),
 }

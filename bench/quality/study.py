@@ -25,10 +25,16 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Design:
-    """`groups`: pairs that are run side by side; `seeds`: of each pair, beside seed 0, which learning rates are chosen on."""
+    """`stages`: a pair, and the first and the last of its seeds, in the order in which they are run; learning rates are chosen on
+    seed 0. `arms`: what goes through all stages first, and what does after that."""
 
-    groups: tuple[tuple[str, ...], ...] = (("nested", "digits"), ("fine",), ("trailing",))
-    seeds: dict[str, int] = field(default_factory=lambda: {"nested": 6, "digits": 3, "fine": 6, "trailing": 3})
+    stages: tuple[tuple[str, int, int], ...] = (
+        ("nested", 1, 3),
+        ("digits", 1, 3),
+        ("nested", 4, 6),
+        ("fine", 1, 6),
+        ("trailing", 1, 3),
+    )
     arms: tuple[tuple[str, ...], ...] = (tuple(CORE), tuple(FURTHER))
     ladder: tuple[float, ...] = LADDER
     first: tuple[int, int] = FIRST
@@ -45,7 +51,7 @@ class Design:
 
     @property
     def pairs(self) -> list[str]:
-        return [pair for group in self.groups for pair in group]
+        return list(dict.fromkeys(pair for pair, _, _ in self.stages))
 
     def all_arms(self) -> list[str]:
         return [arm for part in self.arms for arm in part]
@@ -53,7 +59,7 @@ class Design:
 
 SMALL = Scope(sums=8, draws=2, texts=8)
 QUICK = Design(
-    groups=(("nested",),), seeds={"nested": 2}, arms=(QUICK_ARMS,), ladder=LADDER[2:3], first=(0, 1),
+    stages=(("nested", 1, 2),), arms=(QUICK_ARMS,), ladder=LADDER[2:3], first=(0, 1),
     test=Plan(steps=3, prompts=4, tokens=16, every=1, last=replace(SMALL, whole=True), along=SMALL), sizes=QUICK_SIZES,
     prompts={"prompts": 32, "validation": 8, "sums": 8, "prose": 8},
 )  # fmt: skip
@@ -63,30 +69,20 @@ def tasks(design: Design, rows: Rows) -> Iterator[Task]:
     """All of them in order, also those that are done. The learning rates of an arm's test runs are known once `rows` holds what
     they are chosen by."""
     yield Task("teacher")
-    for group in design.groups:
-        for pair in group:
+    for arms in design.arms:
+        for pair, first, last in design.stages:
             yield Task("student", pair, 0)
-        yield Task("data")
-        for arms in design.arms:
-            yield from _of_arms(design, rows, group, arms)
-
-
-def _of_arms(design: Design, rows: Rows, group: tuple[str, ...], arms: tuple[str, ...]) -> Iterator[Task]:
-    """Their learning rates, then seed by seed."""
-    for pair in group:
-        for arm in arms:
-            for rate in rates(design, rows, pair, arm)[0]:
-                yield Task("run", pair, 0, Key(pair, arm, rate, 0, "validation"))
-    for seed in range(1, max(design.seeds[pair] for pair in group) + 1):
-        own = [pair for pair in group if seed <= design.seeds[pair]]
-        for pair in own:
-            yield Task("student", pair, seed)
-        for pair in own:
-            yield Task("run", pair, seed, Key(pair, "none", 0.0, seed, "test"))
+            yield Task("data")
             for arm in arms:
-                best = rates(design, rows, pair, arm)[1]
-                if best is not None:
-                    yield Task("run", pair, seed, Key(pair, arm, best, seed, "test"))
+                for rate in rates(design, rows, pair, arm)[0]:
+                    yield Task("run", pair, 0, Key(pair, arm, rate, 0, "validation"))
+            for seed in range(first, last + 1):
+                yield Task("student", pair, seed)
+                yield Task("run", pair, seed, Key(pair, "none", 0.0, seed, "test"))
+                for arm in arms:
+                    best = rates(design, rows, pair, arm)[1]
+                    if best is not None:
+                        yield Task("run", pair, seed, Key(pair, arm, best, seed, "test"))
 
 
 def rates(design: Design, rows: Rows, pair: str, arm: str) -> tuple[list[float], float | None]:

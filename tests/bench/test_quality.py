@@ -109,9 +109,10 @@ def test_a_seed_has_all_its_arms_before_the_next():
         for rate in LADDER
     ]
     found = [task.key for task in tasks(design, rows) if task.kind == "run" and task.key.split == "test"]
-    first = [key for key in found if key.pair in ("nested", "digits") and key.arm in CORE]
-    assert [key.seed for key in first] == sorted(key.seed for key in first)
-    assert [key.arm for key in found if key.pair == "nested"][: 2 * (1 + len(CORE))] == ["none", *CORE] * 2
+    size = 1 + len(CORE)
+    assert [key.arm for key in found][: 6 * size] == ["none", *CORE] * 6
+    stages = [("nested", 1), ("nested", 2), ("nested", 3), ("digits", 1), ("digits", 2), ("digits", 3), ("nested", 4)]
+    assert [(key.pair, key.seed) for key in found][: 7 * size : size] == stages
     assert {key.learning_rate for key in found if key.arm != "none"} == {3e-4}
     assert len(set(found)) == (6 + 3 + 6 + 3) * (1 + len(ARMS))
     # Nothing is chosen yet: no test run of an arm.
@@ -119,7 +120,7 @@ def test_a_seed_has_all_its_arms_before_the_next():
 
 
 def test_contrasts_are_paired_by_seed_and_corrected():
-    design = replace(Design(), groups=(("fine",),))
+    design = replace(Design(), stages=(("fine", 1, 6),))
     rows = [
         row("fine", arm, rate, 0, "validation", accuracy=str(best if rate == 3e-4 else 0.1))
         for arm, best in {"sft": 0.9, "strict": 0.5, "simct": 0.6, "kd": 0.9}.items()
