@@ -20,6 +20,7 @@ REHEARSAL_SECONDS = 180.0  # of a step
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--steps", default=",".join(STEPS), help="in this order, separated by commas (%(default)s)")
+    parser.add_argument("--study", action="store_true", help="then the study with real tokenizers, of eight minutes")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together (%(default)s)")
     parser.add_argument("--output", type=Path, help="default: $OUT, or bench/results/gpu-<device>")
     parser.add_argument(
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--method", nargs="*", default=(), help="of bench: only methods named like one of these")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU at toy size, with faults on purpose")
     options = parser.parse_args(arguments)
-    steps = [step for step in options.steps.split(",") if step]
+    steps = [step for step in options.steps.split(",") if step] + ["study"] * options.study
     if unknown := [step for step in steps if step not in STEPS | EXTRA]:
         parser.error(f"--steps: {', '.join(unknown)} is none of {', '.join(STEPS | EXTRA)}")
     if options.rehearse:

@@ -13,7 +13,7 @@ from . import rows
 # Seconds of a step when the whole run has nine minutes; what one leaves over is the later ones'. The first one
 # pays for the first import of torch from a cold disk.
 STEPS = {"device": 60, "oracle": 100, "tests": 110, "memcheck": 100, "profile": 60, "bench": 140, "step": 70}
-EXTRA = {"sweep": 100}  # those that run only if they are named
+EXTRA = {"sweep": 100, "study": 480}  # those that run only if they are named
 TOGETHER = {"oracle", "tests", "memcheck"}  # they measure no time: side by side they take as long as the longest
 # Processes among which a step's items are dealt out: the oracle waits for one compilation after the other.
 SHARDS = {"oracle": 4}

@@ -23,7 +23,7 @@ def write(folder: Path) -> str:
 
 def _lines(found: list[Row]) -> Iterator[str]:
     sections = {"device": _device, "oracle": _oracle, "tests": _tests, "memcheck": _memcheck, "profile": _profile}
-    for step, section in (sections | {"bench": _bench, "step": _step, "sweep": _sweep}).items():
+    for step, section in (sections | {"bench": _bench, "step": _step, "sweep": _sweep, "study": _study}).items():
         mine = [row for row in found if row["step"] == step]
         if mine:
             yield f"\n== {step}: {_outcome(mine)}"
@@ -197,3 +197,9 @@ def _sweep(mine: list[Row]) -> Iterator[str]:
         yield f"{case}, {kernel}:"
         for row in [row for row in mine if (row["case"], row.get("kernel")) == (case, kernel)]:
             yield f"  {row['ms']:8.3f} ms  {row['tile']}" if "ms" in row else f"  {row['note'][:90]}  {row['tile']}"
+
+
+def _study(mine: list[Row]) -> Iterator[str]:
+    for row in mine:
+        if row["what"] == "study":
+            yield row["table"]

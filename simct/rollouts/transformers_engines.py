@@ -44,18 +44,18 @@ class StaticBatching:
                 for row, i in enumerate(chosen):
                     ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
                     mask[row, width - len(prompts[i]) :] = 1
-                draws = UniformDraws(uniform[chosen], sampling.temperature, sampling.top_p)
+                # Copied once, each way: a copy a token, or a response, would wait for the device as often.
+                draws = UniformDraws(uniform[chosen].to(self.model.device), sampling.temperature, sampling.top_p)
                 output = self.model.generate(
                     ids.to(self.model.device),
                     attention_mask=mask.to(self.model.device),
                     logits_processor=LogitsProcessorList([draws]),
                     **options,
                 )
-                logprobs = torch.stack(draws.logprobs, dim=1).cpu()
-                for row, i in enumerate(chosen):
-                    response = sampling.response(output[row, width:].tolist())
-                    own = logprobs[row, : len(response.token_ids)].tolist()
-                    responses[i] = replace(response, logprobs=own)
+                logprobs = torch.stack(draws.logprobs, dim=1).tolist()
+                for row, (i, tokens) in enumerate(zip(chosen, output[:, width:].tolist(), strict=True)):
+                    response = sampling.response(tokens)
+                    responses[i] = replace(response, logprobs=logprobs[row][: len(response.token_ids)])
         return responses
 
 
