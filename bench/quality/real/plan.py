@@ -38,7 +38,7 @@ class Study:
     directions: tuple[str, ...] = DIRECTIONS
     seeds: int = 2
     teacher: Size = Size(640, 6)
-    student: Size = Size(448, 4)
+    student: Size = Size(384, 5)
     documents: int = 120_000
     prompts: int = 4096
     held_out: int = 2000
@@ -56,7 +56,8 @@ class Study:
     temperature: float = 0.6
     rate: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ARMS, 3e-4))
     chunk_rows: int = 256
-    tokens_per_batch: int = 8192
+    tokens_per_batch: int = 4096
+    memory_share: float = 0.055  # of the GPU, for one arm's process: 16 of them are side by side
     judge_share: float = 0.12  # of `seconds`, kept for what is judged behind the last step
 
     @property

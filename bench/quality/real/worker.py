@@ -122,6 +122,8 @@ def main(arguments: list[str]) -> None:
             for vocabulary in task.direction.split("<-"):
                 VOCABULARIES[vocabulary]()  # kept: made while the models learn
             wait_for_models(task, study, folder)
+            if study.device == "cuda":  # beyond it a process gives back what it keeps, or works in halves
+                torch.cuda.set_per_process_memory_fraction(study.memory_share)
             run_arm(task, study, problems, folder, record)
     except Exception as error:
         record(what="error", error=rows.short(error), where=rows.where(error))
