@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .steps import Item, Run
+from .supervise import LOG
 
 
 def items(run: Run) -> list[Item]:
@@ -14,6 +15,11 @@ def study(run: Run) -> None:
     from ..quality.real import show
     from ..quality.real.plan import Study, small
 
-    sizes = small() if run.rehearse else {"device": run.device, "seconds": max(1.0, run.left() - 15.0)}
-    command.run(Study(**sizes), run.folder)
-    run.record(what="study", table=show.write(run.folder / command.ROWS, run.folder))
+    sizes = (
+        small() | {"arms": ("sft", "simct")}
+        if run.rehearse
+        else {"device": run.device, "seconds": max(1.0, run.left() - 15.0)}
+    )
+    path = run.folder / command.ROWS
+    command.run(Study(**sizes), path, run.folder / LOG)
+    run.record(what="study", table=show.write(path))

@@ -18,7 +18,7 @@ from bench.gpu import rows
 from . import show
 from .plan import ARMS, DIRECTIONS, Study, Task, small
 
-ROWS, LOG = "study.jsonl", "study-log.txt"
+ROWS, TABLE, LOG = "study.jsonl", "study.txt", "study-log.txt"
 KEPT = 3000  # characters of each process's output
 PATIENCE = 40.0  # seconds after the first arm's pace that the others' are waited for
 
@@ -41,14 +41,15 @@ def main(arguments: list[str] | None = None) -> None:
         if options.rehearse:
             given |= small()
         given |= {name: json.loads(value) for name, value in (text.split("=", 1) for text in options.set)}
-        run(Study(**given), options.output)
-    print(show.write(options.output / ROWS, options.output))
+        run(Study(**given), options.output / ROWS, options.output / LOG)
+    text = show.write(options.output / ROWS)
+    (options.output / TABLE).write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
-def run(study: Study, output: Path) -> None:
-    """Every task in a process of its own. Rows are in `output/study.jsonl` as soon as they are known; nothing that a task does
-    keeps another one's from it."""
-    path = output / ROWS
+def run(study: Study, path: Path, log: Path) -> None:
+    """Every task in a process of its own. Rows are in `path` as soon as they are known; nothing that a task does keeps another
+    one's from it. The ends of the processes' outputs are appended to `log`."""
     path.unlink(missing_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="simct-study-"))
     study.write(folder)
@@ -73,7 +74,7 @@ def run(study: Study, output: Path) -> None:
     finally:
         for process in processes.values():
             _kill(process)
-        _write_log(processes, folder, output / LOG)
+        _write_log(processes, folder, log)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -133,7 +134,7 @@ def _log_of(task: Task, folder: Path) -> Path:
 
 
 def _write_log(processes: dict[Task, subprocess.Popen], folder: Path, path: Path) -> None:
-    with path.open("w") as file:
+    with path.open("a", encoding="utf-8") as file:
         for task, process in processes.items():
             text = _log_of(task, folder).read_text(errors="replace")
             file.write(f"===== {' '.join(map(str, task))}: exit status {process.returncode}\n{text[-KEPT:]}\n")

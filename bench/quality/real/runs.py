@@ -29,7 +29,6 @@ KEPT = (
     "loss", "grad_norm", "learning_rate", "response/length", "response/ended", "tokens/single", "tokens/longer",
     "teacher_mass", "reverse_kl_per_byte", "rollout/logprob_gap", "peak_memory_gb",
 )  # fmt: skip
-OFF_POLICY = ("sft", "kd")  # they learn from responses of the teacher
 
 
 class TeacherWrites:
@@ -189,13 +188,13 @@ def run_arm(task: Task, study: Study, problems: Problems, folder: Path, record: 
         processing_class=VOCABULARIES[student](), teacher_processing_class=VOCABULARIES[teacher](),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    trainer.imitates = arm.sft if hasattr(arm, "sft") else arm.kind == "sft"
+    trainer.imitates = arm.sft
     for engine in trainer.engine, getattr(trainer.engine, "engine", None):  # the copy's own, where there is a copy
         if isinstance(engine, StaticBatching):
             engine.batch_size = study.batch
     texts = [json.loads(line) for line in (folder / f"teacher-{teacher}" / "texts.jsonl").read_text().splitlines()]
     judge = Judge(trainer, study, problems.held_out, texts)
-    if task.name in OFF_POLICY:
+    if arm.data == "teacher":
         trainer.collector.engine = TeacherWrites(trainer, study.batch)
     if task.name == study.arms[0]:
         record(what="judged", step=0, **judge(), arm="none")

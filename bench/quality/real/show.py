@@ -12,7 +12,7 @@ from bench.gpu import rows
 from bench.quality.arms import ARMS
 from bench.quality.means import mean_with_error
 
-TABLE, PICTURE = "study.txt", "study.png"
+PICTURE = "study.png"
 JUDGES = {
     "accuracy": "at 0.6", "accuracy_greedy": "greedy", "forward_kl_per_byte": "forward KL", "ended": "ended",
     "length": "tokens",
@@ -21,13 +21,12 @@ CONTRASTS = (("strict", "sft"), ("simct", "sft"), ("escd", "sft"), ("simct", "st
 Row = dict[str, Any]
 
 
-def write(path: Path, folder: Path) -> str:
-    """`study.txt` and `study.png` in `folder`. Returns the table."""
+def write(path: Path) -> str:
+    """The table; the picture is written beside the rows, as `study.png`."""
     found = rows.read(path)
     text = "\n".join(lines(found))
-    (folder / TABLE).write_text(text + "\n", encoding="utf-8")
     try:
-        plot(found, folder / PICTURE)
+        plot(found, path.with_name(PICTURE))
     except Exception as error:  # the numbers are what counts
         text += f"\nno picture: {rows.short(error)}"
     return text
