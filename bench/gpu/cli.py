@@ -47,7 +47,11 @@ def main(arguments: list[str] | None = None) -> None:
     groups = _groups(steps)
     for number, group in enumerate(groups):
         rest = sum(_weight(later) for later in groups[number:])
-        seconds = REHEARSAL_SECONDS if options.rehearse else max(0.0, end - time.time()) * _weight(group) / rest
+        seconds = (
+            max(REHEARSAL_SECONDS, _weight(group))
+            if options.rehearse
+            else max(0.0, end - time.time()) * _weight(group) / rest
+        )
         print(f"[{time.time() - begin:4.0f} s] {' and '.join(group)}: at most {seconds:.0f} s", flush=True)
         with ThreadPoolExecutor(len(group)) as pool:
             list(pool.map(lambda step, seconds=seconds: _run(step, seconds, settings), group))
