@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simct_kernels import AlignedUnits, LMHead, linear_simct_loss, simct_loss, topk_simct_loss
+from simct_kernels import AlignedUnits, LMHead, SharedVocabulary, linear_simct_loss, simct_loss, topk_simct_loss
 
 from ..cases import Case, Model, Problem
 from . import rows
@@ -33,12 +33,20 @@ class Variant:
     rows: int = 100
     keywords: tuple[tuple[str, object], ...] = ()
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    classes: bool = False  # whether two candidates are sums of three ids
 
 
 def variant(
-    name: str, *, form="linear", one_vocabulary=False, rows=100, dtypes=("bfloat16", "float32"), **keywords
+    name: str,
+    *,
+    form="linear",
+    one_vocabulary=False,
+    rows=100,
+    dtypes=("bfloat16", "float32"),
+    classes=False,
+    **keywords,
 ) -> Variant:
-    return Variant(name, form, one_vocabulary, rows, tuple(keywords.items()), dtypes)
+    return Variant(name, form, one_vocabulary, rows, tuple(keywords.items()), dtypes, classes)
 
 
 VARIANTS = [
@@ -60,6 +68,8 @@ VARIANTS = [
     variant("linear, reduction none", reduction="none"),
     variant("linear, beta 0.5, disjoint, floor", beta=0.5, candidates="disjoint", teacher_mass_floor=1e-3),
     variant("linear, mean_logit, temperature 2", score="mean_logit", temperature=2.0),
+    variant("linear, classes, floor", classes=True, teacher_mass_floor=1e-3, dtypes=("bfloat16",)),
+    variant("logits, classes, beta 0.5", form="logits", classes=True, beta=0.5, dtypes=("float32",)),
     variant("served, beta 0.5, disjoint", form="served", beta=0.5, candidates="disjoint"),
     # Of 16-bit logits many are equal, and which of equal ones is chosen is nobody's business.
     variant("logits, top_k 16", form="logits", top_k=16, dtypes=("float32",)),
@@ -105,7 +115,20 @@ def problem_of(one: Variant, dtype: str, device: str, size: str) -> Problem:
     problem = Problem(case_of(one, dtype, SIZES[size]), torch.device(device))
     if dict(one.keywords).get("candidates") == "disjoint":
         problem.units = _with_left_out(problem.units, len(problem.shared))
+    if one.classes:
+        problem.shared = _with_classes(problem)
     return problem
+
+
+def _with_classes(problem: Problem) -> SharedVocabulary:
+    """The shared vocabulary with two classes of the first ids that it lacks, three each."""
+    shared, classes = problem.shared, {}
+    for side in ("student", "teacher"):
+        ids = getattr(shared, f"{side}_ids")
+        known = torch.isin(torch.arange(len(ids) + 6, device=ids.device), ids)
+        free = (~known).nonzero().squeeze(1)[:6]
+        classes[f"{side}_classes"] = torch.stack([torch.arange(6, device=ids.device) // 3, free], dim=1)
+    return dataclasses.replace(shared, **classes)
 
 
 def _with_left_out(units: AlignedUnits, shared: int) -> AlignedUnits:

@@ -24,7 +24,7 @@ _KNOWN_ENDINGS = (
     "<eos>",
     "</s>",
 )
-# What the end of the turn is among a unit's candidates: the mapped pair of ids, or the sums of all that end one.
+# What the end of the turn is among a unit's candidates: the mapped pair of ids, or the sums of all that may end one.
 STOPS = ("pair", "class")
 _PROBE = "simct probe of the assistant's turn"
 
@@ -36,20 +36,26 @@ def end_ids(tokenizer, generation_config=None, chat: bool = True) -> tuple[int, 
     `eos_token_id`, then the first known name among the special tokens. Empty if there is none at all. ValueError for a chat
     template that does not come to an end, and for an `eos_token_id` that is none.
     """
-    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = _special(tokenizer)
     configured = getattr(generation_config, "eos_token_id", None)
     configured = [] if configured is None else list(configured) if isinstance(configured, Sequence) else [configured]
     if not all(isinstance(i, int) for i in configured):
         raise ValueError(f"eos_token_id of the generation configuration is {configured!r}: expected token ids")
-    known = [] if configured else [special[name] for name in _KNOWN_ENDINGS if name in special]
-    if "<|return|>" in special and not configured:
-        known = [i for i in known if i != special.get("<|end|>")]
+    known = () if configured else known_ends(tokenizer)
     template = _template_ending(tokenizer, special)
     eos = tokenizer.eos_token_id
     plain = [*configured, *([] if eos is None else [eos])]
     ended = [] if template is None else [template]
     found = [*ended, *plain, *known] if chat else [*plain, *ended, *known]
     return tuple(dict.fromkeys(found))
+
+
+def known_ends(tokenizer, first: Sequence[int] = ()) -> tuple[int, ...]:
+    """`first`, and the ids of the special tokens that end a turn in one model or another, whatever this one's configuration says:
+    an instruct model that reads plain text may end it with what ends a document."""
+    special = _special(tokenizer)
+    known = [name for name in _KNOWN_ENDINGS if name in special and not (name == "<|end|>" and "<|return|>" in special)]
+    return tuple(dict.fromkeys([*first, *(special[name] for name in known)]))
 
 
 def end_class(
@@ -63,6 +69,10 @@ def end_class(
         "teacher_classes": [teacher for teacher in teacher_ends if teacher not in others.values()],
     }
     return others, {name: torch.tensor([(0, i) for i in ids], dtype=torch.int64) for name, ids in sides.items()}
+
+
+def _special(tokenizer) -> dict[str, int]:
+    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _template_ending(tokenizer, special: dict[str, int]) -> int | None:

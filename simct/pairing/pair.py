@@ -14,7 +14,7 @@ import torch
 
 from simct.pairing.alignment import Units, anchored, partition
 from simct.pairing.coverage import Coverage, RuleCoverage, greedy_single, shared_by_string, without_markers
-from simct.pairing.endings import STOPS, end_class, end_ids
+from simct.pairing.endings import STOPS, end_class, end_ids, known_ends
 from simct.pairing.side import Ids, Side, text_blocks
 from simct_kernels.inputs import AlignedUnits, SharedVocabulary
 from simct_kernels.objectives.prefix_tables import PrefixTables
@@ -69,7 +69,7 @@ class TokenizerPair:
     the coarser rule of the public code of SimCT (arXiv 2605.07711). `student_vocabulary_size`: rows of the student's head, if it
     has more than its tokenizer has tokens; the ids between spell nothing. `chat=False`: prompts are plain text, and a chat
     template does not say what ends a response. `stop`: what the end of the turn is as a candidate, the mapped "pair" of ids or a
-    "class", the sum of all ids that end a response on either side (arXiv 2609.20511).
+    "class", the sums of `stop_ids`: all that end a student's response, all that may end a teacher's (arXiv 2609.20511).
 
     Raises ValueError if a tokenizer belongs to no supported family, does not spell built-in text byte by byte (the
     first difference is shown), has no end-of-turn token, or if a mapped token is unknown.
@@ -108,11 +108,11 @@ class TokenizerPair:
         self.student_end_ids = tuple(dict.fromkeys((self.end_pair[0], *student_ends)))
         self._teacher_end = {i: mapped.get(i, self.end_pair[1]) for i in self.student_end_ids}
         self.teacher_end_ids = tuple(dict.fromkeys((*self._teacher_end.values(), *teacher_ends)))
+        self.stop_ids = self.student_end_ids, known_ends(teacher_tokenizer, self.teacher_end_ids)
 
         self._student = Side("student", student_tokenizer, self.student_end_ids, student_vocabulary_size)
         self._teacher = Side("teacher", teacher_tokenizer, self.teacher_end_ids)
-        self.shared = self._share(mapped)
-        self._mapped = mapped
+        self.shared, self._mapped = self._share(mapped), mapped
         self._prefixes: _PrefixIndex | None = None
         self._strings: tuple[list[str], list[str]] | None = None  # as the public code compares tokens
 
@@ -240,7 +240,7 @@ class TokenizerPair:
         student, teacher = self._student.by_bytes(), self._teacher.by_bytes()
         taken, classes = set(mapped.values()), {}
         if self.stop == "class":
-            mapped, classes = end_class(mapped, self.student_end_ids, self.teacher_end_ids)
+            mapped, classes = end_class(mapped, *self.stop_ids)
         pairs = {i: teacher[piece] for piece, i in student.items() if piece in teacher and teacher[piece] not in taken}
         student_ids, teacher_ids = torch.tensor(sorted((pairs | mapped).items()), dtype=torch.int64).T
         return SharedVocabulary(student_ids.contiguous(), teacher_ids.contiguous(), **classes)

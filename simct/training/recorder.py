@@ -164,14 +164,13 @@ class Recorder:
         self._logprob_gap(samples, ours.logprob)
 
     def _stop_mass(self, pair: TokenizerPair, samples: Samples, weight: float, *sides: tuple) -> None:
-        """The probability of all ids that end the turn, where a response ends: by both sides, whatever the loss compares.
+        """The probability of the pair's `stop_ids` where a response ends: by both sides, whatever the loss compares.
 
         `sides`: student and teacher, each hidden states, head and log-sum-exps of the samples' rows; or a served teacher's k best
         ids and log-probabilities, of which it counts what came."""
         rows = end_rows(pair, samples)
         self.ratios.count("measured ends", weight * len(rows[0]))
-        ends = pair.student_end_ids, pair.teacher_end_ids
-        for name, side, at, ids in zip(("student", "teacher"), sides, rows, ends, strict=True):
+        for name, side, at, ids in zip(("student", "teacher"), sides, rows, pair.stop_ids, strict=True):
             at, ids = at.to(side[0].device), torch.tensor(ids, device=side[0].device)
             if len(side) == 3:
                 hidden, head, logsumexp = side

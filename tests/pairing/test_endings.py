@@ -83,6 +83,13 @@ def test_the_ends_of_the_turn_as_a_class():
             units = pair.align([97, end], [97, other], disjoint=True)
             assert not units.has_continuation(pair.shared).any() and len(units) == 2 and not len(units.left_out)
     assert TokenizerPair(student, teacher).align([end], [other], disjoint=True).left_out.tolist() != []
+    # What ends a response is what the configuration says; what may be a teacher's end is known by its name as well.
+    configured = GenerationConfig(eos_token_id=t("<eos>"))
+    pair = TokenizerPair(student, teacher, stop="class", teacher_generation_config=configured)
+    assert pair.teacher_end_ids == (t("<eos>"),) and pair.stop_ids[1] == (t("<eos>"), t("<|eot_id|>"))
+    assert pair.shared.teacher_classes[:, 1].tolist() == list(pair.stop_ids[1])
+    pair = TokenizerPair(teacher, student, stop="class", student_generation_config=configured)
+    assert pair.stop_ids[0] == pair.student_end_ids == (t("<eos>"),) and len(pair.shared.student_classes) == 1
     # What is mapped to another token of the student's stays its pair.
     pair = TokenizerPair(student, teacher, {"<tool>": "<|eot_id|>"}, stop="class")
     assert pair.shared.teacher_classes.tolist() == [[0, t("<eos>")]]

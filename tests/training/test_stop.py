@@ -30,15 +30,10 @@ def test_the_log_has_both_sides_probability_of_all_ends(tmp_path, stop):
     assert trainer.shared.class_count == (stop == "class")
     assert len(trainer.pair.student_end_ids) == 3
     samples = [part.samples for inputs in trainer._inputs for part in inputs["parts"]][0]
+    ours, theirs = trainer.pair.stop_ids
     sides = (
-        ("student", trainer.model, samples.student_prompts, samples.student_responses, trainer.pair.student_end_ids),
-        (
-            "teacher",
-            trainer.teacher.model,
-            samples.teacher_prompts,
-            samples.teacher_responses,
-            trainer.pair.teacher_end_ids,
-        ),
+        ("student", trainer.model, samples.student_prompts, samples.student_responses, ours),
+        ("teacher", trainer.teacher.model, samples.teacher_prompts, samples.teacher_responses, theirs),
     )
     (row,) = logs(trainer)
     for side, *given in sides:
