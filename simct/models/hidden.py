@@ -21,21 +21,21 @@ class PackedSequences:
     """Prompts and responses laid out as a batch, and where in it the prediction rows are."""
 
     input_ids: Tensor  # int64 [B, T]
-    position_ids: (
-        Tensor  # int64 [B, T], begin again at 0 with each sequence; what fills a row up is a sequence of its own
-    )
+    # int64 [B, T], begin again at 0 with each sequence, what fills a row up is a sequence of its own; None: the model's own
+    position_ids: Tensor | None
     rows: Tensor  # int64 [N], positions in the flattened [B * T] batch whose hidden state predicts a response token
     attention_mask: Tensor | None = (
-        None  # int64 [B, T], 1 for tokens and 0 for padding; None where sequences share rows
+        None  # int64 [B, T], 1 for tokens and 0 for padding; None where sequences share rows, or padding is read by nobody
     )
     tokens: int = 0  # tokens that are no filling
 
     @classmethod
     def build(
-        cls, prompts: list[list[int]], responses: list[list[int]], *, row_length: int | None = None
+        cls, prompts: list[list[int]], responses: list[list[int]], *, row_length: int | None = None, masked: bool = True
     ) -> "PackedSequences":
         """`row_length` None: one sequence a row, padded on the right. Otherwise sequences share rows of that many tokens (more, if
-        a sequence is longer), as few rows as first-fit finds.
+        a sequence is longer), as few rows as first-fit finds. `masked` False: the model is not told of padding, which comes behind
+        all that a causal model reads.
 
         Without any sequence the batch is one token that predicts nothing, so that a forward pass still has something to read."""
         # The last response token predicts nothing that enters the loss: it is not fed. Filling comes last and is read by nobody.
@@ -60,8 +60,8 @@ class PackedSequences:
             position_ids[row, offset:] = torch.arange(width - offset)
         mask = None
         if row_length is None:
-            mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
-            position_ids = torch.arange(width).expand(len(bins), width).contiguous()
+            mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long() if masked else None
+            position_ids = torch.arange(width).expand(len(bins), width).contiguous() if masked else None
         rows = [torch.empty(0, dtype=torch.int64)]
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             first = start_of[i] + len(prompt) - 1
@@ -69,24 +69,23 @@ class PackedSequences:
         return cls(input_ids, position_ids, torch.cat(rows), mask, sum(lengths) if prompts else 0)
 
     def to(self, device: torch.device | str) -> "PackedSequences":
-        mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            rows=self.rows.to(device),
-            attention_mask=mask,
-        )
+        moved = {name: getattr(self, name) for name in ("input_ids", "position_ids", "rows", "attention_mask")}
+        return replace(self, **{name: None if tensor is None else tensor.to(device) for name, tensor in moved.items()})
 
 
 @dataclass(frozen=True)
 class Layout:
     """How one model's sequences are laid out. `packed`: sequences share rows; `one_row`: all in one (variable-length flash
     attention reads the boundaries of a single row; elsewhere attention within a row is quadratic, and rows are as long as the
-    longest sequence: never more work than padding)."""
+    longest sequence: never more work than padding).
+
+    `hidden_size`: that of a model on a GPU whose attention is SDPA. Rows that sequences share want a mask there, T x T for each
+    row, and with it the slower of SDPA's kernels; a sequence alone in its row wants none. So rows are shared only where that saves
+    more than it costs. 0: always."""
 
     packed: bool = False
     one_row: bool = False
+    hidden_size: int = 0
 
     @classmethod
     def of(
@@ -98,28 +97,41 @@ class Layout:
 
         Raises ValueError for "on" with a model that does not (a state that runs through the whole row, learned positions, ...).
         """
+        plain = cls(hidden_size=_sdpa_width(model))
+        if plain.hidden_size and _packing_problem(model, plain) is not None:
+            plain = cls()
         if packing == "off":
-            return cls()
-        layout = cls(True, uses_flash(model))
+            return plain
+        layout = cls(True, uses_flash(model), plain.hidden_size if packing == "auto" else 0)
         with autocast() if layout.one_row else nullcontext():
             problem = _packing_problem(model, layout)
         if problem is None:
             return layout
         if packing == "on":
             raise ValueError(f"packing is 'on', but {type(model).__name__} cannot read packed sequences ({problem})")
-        return cls()
+        return plain
 
     def build(self, prompts: list[list[int]], responses: list[list[int]]) -> PackedSequences:
-        if not self.packed:
-            return PackedSequences.build(prompts, responses)
         lengths = [len(p) + max(len(r) - 1, 0) for p, r in zip(prompts, responses, strict=True)]
-        row_length = sum(lengths) if self.one_row else max(lengths, default=1)
+        width = max(lengths, default=1)
+        if not self.packed or not self.shares_rows([(len(first_fit(lengths, width)), width)], [(len(lengths), width)]):
+            return PackedSequences.build(prompts, responses, masked=not self.hidden_size)
+        row_length = sum(lengths) if self.one_row else width
         return PackedSequences.build(prompts, responses, row_length=max(row_length, 1))
+
+    def shares_rows(self, shared: list[tuple[int, int]], alone: list[tuple[int, int]]) -> bool:
+        """Whether batches of so many rows of so many tokens cost less than those with one sequence a row. Of a layer's token: its
+        products, some 24 hidden_size^2; attention with a mask 4 T hidden_size at half the speed, causal without one half of it."""
+        if not self.hidden_size:
+            return self.packed
+        with_mask = sum(rows * width * (3 * self.hidden_size + width) for rows, width in shared)
+        return with_mask < sum(rows * width * (3 * self.hidden_size + width / 4) for rows, width in alone)
 
 
 @torch.no_grad()
 def _packing_problem(model: nn.Module, layout: Layout) -> str | None:
-    """What is wrong with this model's hidden states of packed sequences; None if nothing is."""
+    """What is wrong with this model's hidden states of sequences that share rows, or are filled up without a mask; None if nothing
+    is."""
     prompts, responses = [[1, 2, 3], [4, 5]], [[6, 7, 8, 9], [3, 1]]
     training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -130,9 +142,8 @@ def _packing_problem(model: nn.Module, layout: Layout) -> str | None:
                 for p, r in zip(prompts, responses, strict=True)
             ]
             row_length = None if not layout.packed else 11  # both sequences in one row, with room to fill
-            packed = response_hidden_states(
-                model, PackedSequences.build(prompts, responses, row_length=row_length).to(device)
-            )
+            both = PackedSequences.build(prompts, responses, row_length=row_length, masked=False)
+            packed = response_hidden_states(model, both.to(device))
     except (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError) as error:
         return str(error)
     finally:
@@ -142,6 +153,13 @@ def _packing_problem(model: nn.Module, layout: Layout) -> str | None:
     low = packed.dtype != torch.float32 or torch.is_autocast_enabled(device.type)
     tolerance = 0.05 if low else 1e-4
     return None if difference <= tolerance else f"relative difference {difference:.2g} from sequences alone"
+
+
+def _sdpa_width(model: nn.Module) -> int:
+    """The hidden size of a model on a GPU whose attention is SDPA; 0 of any other."""
+    config = model.config.get_text_config()
+    on_gpu = next(model.parameters()).device.type != "cpu"
+    return config.hidden_size if on_gpu and getattr(config, "_attn_implementation", None) == "sdpa" else 0
 
 
 def uses_flash(model: nn.Module) -> bool:
@@ -184,7 +202,8 @@ def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 def response_hidden_states(model: nn.Module, sequences: PackedSequences) -> Tensor:
     """The hidden rows [N, H] that predict the response tokens. Runs the decoder only; its head is never applied."""
     positions = {}
-    if sequences.attention_mask is None:  # else the model's own: some count from the mask, some know no positions
+    if sequences.attention_mask is None and sequences.position_ids is not None:
+        # Else the model's own: some count from the mask, some know no positions.
         positions["position_ids"] = sequences.position_ids
     output = model.get_decoder()(
         input_ids=sequences.input_ids,

@@ -3,7 +3,7 @@
 A budget changes how the work is cut, never its result: the loss is a sum over samples, divided by the tokens of the whole step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accelerate.utils import gather_object
 
@@ -44,14 +44,14 @@ def split(samples: Samples, layout: Layout, budget: int | None, default_teacher:
     found = []
     for teacher in dict.fromkeys(sample.teacher for sample in samples):
         own = samples.pick([i for i, sample in enumerate(samples) if sample.teacher == teacher])
-        lengths = [sample.student_length for sample in own]
+        lengths, layout_of = [sample.student_length for sample in own], layout
         if budget is None:
             bins = [list(range(len(own)))]
         elif layout.one_row:
             bins = first_fit(lengths, budget)
         else:
-            bins = _in_rows(lengths, budget, share_rows=layout.packed)
-        found += [MicroBatch.build(own.pick(members), layout, teacher) for members in bins]
+            bins, layout_of = _cut(lengths, budget, layout)
+        found += [MicroBatch.build(own.pick(members), layout_of, teacher) for members in bins]
     return found or [empty(layout, default_teacher)]
 
 
@@ -72,6 +72,27 @@ def fill_up(
         more = [(name, n - had) for name, had, n in zip(names, here, most, strict=True)]
         filled.append(found + [empty(layout, name) for name, n in more for _ in range(n)])
     return filled
+
+
+def _cut(lengths: list[int], budget: int, layout: Layout) -> tuple[list[list[int]], Layout]:
+    """The bins, and the layout that they are within the budget with: rows are shared in all of them or in none."""
+    if not layout.packed:
+        return _in_rows(lengths, budget, share_rows=False), layout
+    shared = _in_rows(lengths, budget, share_rows=True)
+    if not layout.hidden_size:
+        return shared, layout
+    alone = _in_rows(lengths, budget, share_rows=False)
+
+    def sizes(bins: list[list[int]], share: bool) -> list[tuple[int, int]]:
+        widths = [max(lengths[i] for i in members) for members in bins]
+        rows = [
+            len(first_fit([lengths[i] for i in b], w)) if share else len(b) for b, w in zip(bins, widths, strict=True)
+        ]
+        return list(zip(rows, widths, strict=True))
+
+    if layout.shares_rows(sizes(shared, True), sizes(alone, False)):
+        return shared, replace(layout, hidden_size=0)
+    return alone, replace(layout, packed=False)
 
 
 def empty(layout: Layout, teacher: str) -> MicroBatch:

@@ -1,6 +1,11 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pretended_gpu import CUDA
+from test_trainer import STUDENT
+from tiny import tiny_model
+from torch.overrides import TorchFunctionMode
 from transformers import BloomConfig, BloomForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from simct.models.hidden import Layout, PackedSequences, first_fit, response_hidden_states
@@ -77,3 +82,63 @@ def test_the_layout_is_found_by_trying(demo_student):
         raise AssertionError("expected a refusal")
     except ValueError as error:
         assert "packing is 'on', but BloomForCausalLM cannot read packed sequences" in str(error)
+
+
+class MaskBytes(TorchFunctionMode):
+    """What attention is given as masks, each counted once a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.calls = 0, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            self.calls += 1
+            mask = (kwargs or {}).get("attn_mask")
+            self.bytes += 0 if mask is None else mask.nbytes
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows", "masked"),
+    [
+        ([40, 39, 38, 40], 4, False),  # to share rows would save none
+        ([40, 4, 4, 4, 4, 4, 4, 4, 4, 4], 2, True),  # eight of ten
+    ],
+)
+def test_rows_are_shared_where_the_mask_costs_less_than_the_filling(lengths, rows, masked):
+    """With attention by SDPA, as on a GPU without flash attention."""
+    model = tiny_model(STUDENT).eval()
+    responses = [[2] * (n // 2 + 1) for n in lengths]
+    prompts = [[7] * (n - n // 2) for n in lengths]
+    layout = Layout(packed=True, hidden_size=model.config.hidden_size)
+    sequences = layout.build(prompts, responses)
+    with torch.no_grad(), MaskBytes() as seen:
+        found = response_hidden_states(model, sequences)
+    assert sequences.input_ids.shape == (rows, 40) and seen.calls == model.config.num_hidden_layers
+    assert seen.bytes == (rows * 40 * 40 if masked else 0)
+    with torch.no_grad():
+        alone = [
+            response_hidden_states(model, PackedSequences.build([p], [r]))
+            for p, r in zip(prompts, responses, strict=True)
+        ]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=20), st.integers(30, 200), st.integers(1, 200))
+def test_a_split_stays_within_the_budget_however_rows_are_laid_out(lengths, budget, hidden_size):
+    samples = Samples(sample(length - 1, 1) for length in lengths)
+    parts = split(samples, Layout(packed=True, hidden_size=hidden_size), budget, "a")
+    assert sorted(id(s) for part in parts for s in part.samples) == sorted(map(id, samples))
+    assert all(part.packed.input_ids.numel() <= budget or len(part.samples) == 1 for part in parts)
+    told = {part.packed.position_ids is None for part in parts}
+    assert len(told) == 1 and all(part.packed.attention_mask is None for part in parts)
+
+
+def test_a_model_on_a_gpu_is_laid_out_by_its_width(gpu):
+    with gpu.fake:
+        model = tiny_model(STUDENT).to(CUDA)
+    assert model.config._attn_implementation == "sdpa"
+    assert Layout.of(model) == Layout(packed=True, hidden_size=16)
+    assert Layout.of(model, "off") == Layout(hidden_size=16) and Layout.of(model, "on") == Layout(packed=True)
+    assert Layout.of(tiny_model(STUDENT)) == Layout(packed=True), "on a CPU as ever"

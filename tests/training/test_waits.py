@@ -3,6 +3,7 @@
 import threading
 import time
 
+import pytest
 import torch
 from pretended_gpu import CUDA
 from pretended_run import Responses, two_steps
@@ -48,25 +49,34 @@ class Waits(list):
         super().append(what)
 
 
+class Enough(Exception):
+    """Where the second rollout would begin."""
+
+
 def test_a_step_that_is_not_logged_waits_once_a_micro_batch(gpu, tmp_path, monkeypatch):
-    """From one rollout to the next: for the losses of its micro-batches, and for nothing else. (`check_step` would wait once
-    more: it looks at numbers, and there are none.)"""
+    """From one rollout to the next: for the losses of its micro-batches, and for nothing else. (`check_step` would wait once more:
+    it looks at numbers, and there are none.)"""
     gpu.waits, starts, done = Waits(), [], []
-    monkeypatch.setattr(Responses, "update_weights", lambda *_: starts.append(gpu.waits.total))
-    rows, align = LocalTeacher.rows, TokenizerPair.align_batch
+
+    def update_weights(*_):
+        starts.append(gpu.waits.total)
+        if len(starts) > 1:
+            raise Enough
 
     def noted(name, function):
         return lambda *args, **kwargs: [done.append((name, threading.current_thread())), function(*args, **kwargs)][1]
 
-    monkeypatch.setattr(LocalTeacher, "rows", noted("teacher", rows))
-    monkeypatch.setattr(TokenizerPair, "align_batch", noted("align", align))
+    monkeypatch.setattr(Responses, "update_weights", update_weights)
+    monkeypatch.setattr(LocalTeacher, "rows", noted("teacher", LocalTeacher.rows))
+    monkeypatch.setattr(TokenizerPair, "align_batch", noted("align", TokenizerPair.align_batch))
     with gpu.fake:
         student, teacher = tiny_model(STUDENT), tiny_model(TEACHER).to(torch.bfloat16)
-    trainer, _ = two_steps(
-        gpu, tmp_path, student, teacher, tokens=6, rows=6, max_tokens_per_batch=80, logging_steps=100, logging_first_step=False
-    )  # fmt: skip
-    parts = [part for inputs in trainer._inputs for part in inputs["parts"]]
-    first, second = starts
-    assert second - first == len(parts) > 1
+    with pytest.raises(Enough):
+        two_steps(
+            gpu, tmp_path, student, teacher, tokens=3, rows=2, max_tokens_per_batch=15, logging_steps=100, packing="off",
+            logging_first_step=False,
+        )  # fmt: skip
     # The teacher is told what to do before the host aligns, on the one thread of Python that there is then.
-    assert done == [("teacher", threading.main_thread()), ("align", threading.main_thread())] * (len(done) // 2)
+    assert done == [("teacher", threading.main_thread()), ("align", threading.main_thread())] * 2
+    first, second = starts
+    assert second - first == 2
