@@ -3,6 +3,7 @@
 Models are made from their configurations on the meta device; no weights are read or allocated.
 """
 
+import copy
 import itertools
 import math
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from simct.pairing.pair import TokenizerPair
 from simct.secrets import without_secrets
 from simct.teachers.served import check_objective
 from simct.training.collector import student_renderer, teacher_renderer
+from simct.training.defaults import choose, numbers_of
 from simct.training.memory import (
     PHASES,
     RESERVE,
@@ -35,7 +37,6 @@ from simct.training.memory import (
     device_memory,
     estimate,
     fits,
-    kv_cache_bytes_of,
     memory_table,
     weight_bytes,
 )
@@ -86,6 +87,9 @@ def describe(
     if assume_processes is not None and assume_processes < 1:
         raise ValueError(f"assume_processes is {assume_processes}: expected at least 1")
     processes = assume_processes or config.world_size
+    config = copy.copy(config)  # what is chosen is this description's
+    if assume_memory_gb is not None and "bf16" in config.unsaid and not config.fp16:
+        config.bf16 = True
     absent = (
         assume_prompt_tokens is not None and Path(run.data).suffix in (*JSONL, *PARQUET) and not Path(run.data).exists()
     )
@@ -132,6 +136,9 @@ def describe(
     compare_thoughts(own := student_renderer(tokenizers[0], config), teacher_renderer(tokenizers[1], own, config))
     available = int(assume_memory_gb * 1e9) if assume_memory_gb else device_memory(config.device)
     on_cpu = dtype == torch.float32
+    known = max(lengths), len(pair.shared), available, processes
+    if not on_cpu and (line := choose(config, student, teacher, *known)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     numbers = numbers_of(
         config, student, max(lengths), len(pair.shared), on_cpu=on_cpu, available=available, processes=processes
     )
@@ -210,61 +217,6 @@ def meta_model(name: str, role: str, init_kwargs: Mapping[str, Any]) -> nn.Modul
             f"{role} {name!r} has no configuration of a causal language model: {error_line(error)}"
         ) from error
     return model.requires_grad_(role == "student")
-
-
-def numbers_of(
-    config,
-    student: nn.Module,
-    prompt_tokens: int,
-    shared_tokens: int,
-    *,
-    on_cpu: bool = False,
-    available: int = 0,
-    processes: int = 1,
-) -> dict[str, Any]:
-    """The arguments of `estimate` that a configuration means, with prompts of so many tokens. `available`: bytes of the device, of
-    which a vLLM in this process takes its share. `processes`: of the run."""
-    generations = _get(config, "num_generations", 1)
-    sequence = prompt_tokens + config.max_new_tokens
-    # Sequences are never cut: one that is longer than the budget goes through alone.
-    whole = config.per_device_train_batch_size * generations * sequence
-    budget = _get(config, "max_tokens_per_batch", None)
-    compute = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
-    weights = next(p.dtype for p in student.parameters() if p.is_floating_point())
-    copy = _get(config, "rollout_dtype", None)
-    if copy is None and config.bf16 and weights == torch.float32 and not on_cpu:
-        copy = "bfloat16"
-    copy = getattr(torch, copy) if copy else None
-    sharded = config.shards_student and processes > 1
-    engine, served = config.rollout_engine, None
-    if engine in ("vllm", "vllm-server"):
-        # Without a share of its own it takes what the training leaves: its weights and one sequence must have room.
-        share = _get(config, "vllm_gpu_memory_utilization", None)
-        least = 2 * sum(p.numel() for p in student.parameters()) + kv_cache_bytes_of(student, sequence, 2)
-        copy, served = None, 0 if engine == "vllm-server" else int(share * available) if share else least
-    cache = _get(config, "kv_cache_gb", None)
-    return dict(
-        batch_tokens=whole if budget is None else max(sequence, min(whole, budget)),
-        prompt_tokens=prompt_tokens,
-        response_tokens=config.max_new_tokens,
-        rollouts=config.per_device_train_batch_size * config.gradient_accumulation_steps * generations,
-        optim=str(getattr(config.optim, "value", config.optim)),
-        compute_dtype=compute,
-        gradient_checkpointing=bool(config.gradient_checkpointing or _get(config, "activation_checkpointing", False)),
-        # Of a sharded student samples come from a whole copy.
-        rollout_dtype=(copy or weights) if sharded and served is None else copy if copy != weights else None,
-        kv_cache_bytes=None if cache is None else int(cache * 1e9),
-        vllm_bytes=served,
-        shared_tokens=shared_tokens,
-        chunk_rows=config.chunk_rows,
-        offload_teacher=bool(_get(config, "offload_teacher", False)),
-        device_type="cpu" if on_cpu else "cuda",
-        objective=_get(config, "objective", "simct"),
-        teacher_top_k=_get(config, "teacher_top_k", 64),
-        processes=processes,
-        shard_student=sharded,
-        shard_teacher=config.shares_teacher(processes),
-    )
 
 
 def changes_that_fit(

@@ -75,10 +75,16 @@ class SimCTConfig(SimCTOptions, TrainingArguments):
         if "_kl_per_" in (self.metric_for_best_model or "") and self.greater_is_better is None:
             self.greater_is_better = False
         self._check_numbers()
+        # What a run on a GPU chooses (`defaults`).
+        again = (self.gradient_checkpointing, getattr(self, "activation_checkpointing", None))
+        known = {"bf16": self.bf16, "gradient_checkpointing": None if again == (None, None) else True}
+        self.unsaid = frozenset(name for name, value in known.items() if value is None)
         # transformers 5.21 and later have a new name, and warn of the one that all supported versions know.
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
         self._refuse_deepspeed()
+        if self.bf16 is None:
+            self.bf16 = self._takes_bf16()
         super().__post_init__()
         for name in (
             "model_init_kwargs",
@@ -159,6 +165,11 @@ class SimCTConfig(SimCTOptions, TrainingArguments):
             raise ValueError(
                 "remove_unused_columns is True: expected False, the trainer renders the prompt columns itself"
             )
+
+    def _takes_bf16(self) -> bool:
+        """Whether a run that names no precision computes in bfloat16: on a GPU that has it."""
+        named = self.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+        return not (named or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
     def _check_numbers(self) -> None:
         """What the Trainer's own arguments would let through, into a run without a step or with weights that are no numbers."""

@@ -51,10 +51,10 @@ GROUPS = {
     "memory": Group(
         "Memory and speed",
         (
-            "max_tokens_per_batch", "packing", "gradient_checkpointing", "offload_teacher", "shard_teacher", "backend",
+            "bf16", "max_tokens_per_batch", "packing", "gradient_checkpointing", "offload_teacher", "shard_teacher", "backend",
             "chunk_rows", "dry_run", "assume_memory_gb", "assume_processes",
         ),
-        ("bf16", "fp16", "use_cpu", "fsdp", "torch_compile"),
+        ("fp16", "use_cpu", "fsdp", "torch_compile"),
     ),
     "served": Group("A teacher behind a server", ("teacher_url", "teacher_top_k", "teacher_server_kwargs")),
     "saving": Group(
@@ -83,7 +83,7 @@ FIRST = (
     ("learning_rate", "X", "peak learning rate (1e-6)"),
     ("per_device_train_batch_size", "N", "prompts of a step and device (8)"),
     ("max_new_tokens", "N", "longest response, in student tokens (1024)"),
-    ("bf16", "", "compute in bfloat16: on a GPU, nearly always right"),
+    ("bf16", "false", "compute in bfloat16: what a GPU does if not told"),
     ("use_cpu", "", "without a GPU"),
     ("eval_prompts", "N", "hold out N prompts, evaluated before and after (0)"),
     ("resume_from_checkpoint", "latest", "go on from the newest whole checkpoint"),
@@ -92,7 +92,7 @@ FIRST = (
 
 EXAMPLE = (
     "simct train --student google/gemma-2-2b-it --teacher Qwen/Qwen2.5-7B-Instruct \\",
-    "    --data prompts.jsonl --output_dir runs/gemma --max_steps 200 --bf16",
+    "    --data prompts.jsonl --output_dir runs/gemma --max_steps 200",
 )
 
 # The Trainer's, without a meaning here, or deprecated: `--help all` does not list them; they are taken as ever.

@@ -140,14 +140,22 @@ class SimCTOptions:
     )
 
     # Memory and speed
+    bf16: bool | None = option(
+        None,
+        "Compute in bfloat16, weights stay in float32. Not given: on a GPU that has it.",
+        "`false` for float32 on a GPU, at several times the time.",
+        nargs="?",
+        const=True,
+    )
     max_tokens_per_batch: int | None = option(
         None,
-        "Most student tokens of one forward pass; the whole per-device batch if not given. Changes no result.",
+        "Most student tokens of one forward pass. Not given: the whole per-device batch, or on a GPU as many as its memory has "
+        "room for. Changes no result.",
         "First, when memory runs out: down to one prompt and its response.",
     )
     gradient_checkpointing: bool | None = option(
         None,
-        "Compute activations again in the backward pass, in place of keeping them.",
+        "Compute activations again in the backward pass, in place of keeping them. Not given: on a GPU where they would not fit.",
         "When memory runs out in the student's forward pass; costs a fifth of the time.",
         nargs="?",
         const=True,
@@ -324,7 +332,6 @@ INHERITED = {
     "max_grad_norm": Inherited(1.0, "Gradients are scaled to this norm at most.", "Lower it for runs that jump."),
     "seed": Inherited(42, "Of everything that is drawn.", "For another run of the same options."),
     "full_determinism": Inherited(False, "The same bits on a GPU, slowly.", "To find out why two runs differ."),
-    "bf16": Inherited(False, "Compute in bfloat16, weights stay in float32.", "On a GPU, nearly always."),
     "fp16": Inherited(False, "Compute in float16.", "On GPUs without bfloat16."),
     "use_cpu": Inherited(False, "Train on the CPU.", "Without a GPU, or to try options."),
     "fsdp": Inherited(None, "Shard the student over several GPUs.", "When it does not fit on one."),

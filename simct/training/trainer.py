@@ -38,6 +38,7 @@ from simct.training.callbacks import AroundSteps
 from simct.training.checkpoints import Checkpoints
 from simct.training.collector import Collector, Scorer, generator, numbered_seed, student_renderer
 from simct.training.config import SimCTConfig
+from simct.training.defaults import settle
 from simct.training.evaluation import Evaluation
 from simct.training.faults import is_out_of_memory, release_memory
 from simct.training.guards import Guards
@@ -105,7 +106,7 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         self.skipped_records: dict[str, int] = {}
         train_dataset = self._usable("train_dataset", train_dataset, model, render, scorers, args)
         eval_dataset = self._usable("eval_dataset", eval_dataset, model, render, scorers, args)
-
+        settle(args, model, scorers, render.longest)
         super().__init__(
             model=model,
             args=args,

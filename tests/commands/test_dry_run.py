@@ -149,6 +149,19 @@ def test_changes_do_what_they_promise(models, data, tmp_path):
     assert before > 80e9 * (1 - RESERVE)
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_what_the_run_would_choose_is_told(said, models, data, tmp_path):
+    """On the device that is assumed; the configuration stays as it was given."""
+    own = dict(bf16=True, gradient_checkpointing=True, max_tokens_per_batch=8192) if said else {}
+    open_options = dict(bf16=None, gradient_checkpointing=None, max_tokens_per_batch=None)
+    run, config, recipe = arguments(PAIRS[0], models, data, tmp_path, **{**open_options, **own})
+    result, text = dry_run(run, config, recipe, assume_memory_gb=80)
+    line = "Chosen for a GPU of 80 GB, as the run does not say: bf16 true, gradient_checkpointing true, max_tokens_per_batch "
+    assert (line in text) == (not said) and result.fits
+    assert config.bf16 is said and config.max_tokens_per_batch == (8192 if said else None)
+    assert result.memory.rollout_copy == 2 * PARAMETERS["gemma-2-2b"]  # of what computes in bfloat16
+
+
 def test_an_adapter_on_a_small_card(models, data, tmp_path):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
