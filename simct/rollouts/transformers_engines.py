@@ -24,6 +24,7 @@ class StaticBatching:
 
     def __init__(self, model: PreTrainedModel, batch_size: int = 64, tokenizer=None) -> None:
         self.model, self.batch_size, self.tokenizer = model, batch_size, tokenizer
+        attention_of_any_shape(model.device)
 
     def update_weights(self, model: PreTrainedModel) -> None:
         """The model is the student itself."""
@@ -166,6 +167,13 @@ class ContinuousBatching:
                 f"{2 * bytes_a_token * self.page_size / 1e9:.3f}"
             )
         return pages
+
+
+def attention_of_any_shape(device: torch.device) -> None:
+    """For the rest of this process, keeps SDPA on a GPU from cuDNN's kernels, which PyTorch prefers on an H100 and newer: they
+    build a plan for each new shape, for a tenth of a second or so, and here every batch and every sampled token has one."""
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from simct.models.checks import check_head
 from simct.models.hidden import uses_flash
 from simct.models.loading import is_dispatched
 from simct.rollouts.protocol import RolloutEngine
+from simct.rollouts.transformers_engines import attention_of_any_shape
 from simct.teachers.local import LocalTeacher
 from simct.teachers.served import ServedTeacher
 
@@ -43,6 +44,7 @@ def float32_masters(model: nn.Module) -> None:
 
 def place_student(trainer) -> PreTrainedModel:
     """The student, whole on the device of the run and checked there; one to be sharded waits in main memory."""
+    attention_of_any_shape(trainer.args.device)  # the teachers' too
     student = trainer.accelerator.unwrap_model(trainer.model)
     if not (trainer.is_fsdp_enabled or is_dispatched(student) or getattr(student, "is_quantized", False)):
         student.to(trainer.args.device)  # with bf16_full_eval the Trainer would do it where training starts

@@ -179,6 +179,19 @@ def test_the_cache_of_keys_and_values_is_free_while_teacher_and_student_run(tmp_
     assert held == {"teacher": 0, "student": 0}
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_no_attention_that_plans_for_each_shape(request, tmp_path, on_gpu):
+    """cuDNN's, which PyTorch prefers on an H100: every micro-batch, and every sampled token, has a shape of its own."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        trainer_on(request.getfixturevalue("gpu") if on_gpu else None, tmp_path)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (not on_gpu)
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 @pytest.mark.parametrize("options", [{}, {"bf16_full_eval": True, "bf16": True}], ids=str)
 def test_the_engine_is_made_of_a_student_in_its_place(gpu, tmp_path, options):
     trainer = trainer_on(gpu, tmp_path, **options)
