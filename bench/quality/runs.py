@@ -116,6 +116,7 @@ def _trainer(
         output_dir=scratch, max_steps=plan.steps, per_device_train_batch_size=plan.prompts, learning_rate=key.learning_rate,
         seed=key.seed, max_new_tokens=plan.tokens, prompt_format="text", logging_steps=plan.every, logging_first_step=False,
         per_device_eval_batch_size=256, save_strategy="no", disable_tqdm=True, report_to=[],
+        bf16=False, gradient_checkpointing=False,  # on a GPU as on a CPU
         on_nonfinite="skip",  # a student that collapses may leave a step without a unit
     )  # fmt: skip
     config = SimCTConfig(**{**common, **options, **(arm.options if arm else {})})
