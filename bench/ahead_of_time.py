@@ -101,7 +101,7 @@ class Launch:
         optional += [
             n
             for n in given
-            if n in ("shared_index", "tokens", "logsumexp", "student_targets", "bias", "wanted", "gradient", "whole")
+            if n in ("table", "tokens", "logsumexp", "student_targets", "bias", "wanted", "gradient", "whole")
             or n == "student_classes"
         ]
         read = next(
@@ -330,7 +330,7 @@ _SIDES |= {"logsumexp_kernel": ("values",), "softmax_kernel": ("values",)}
 def _tile_loads(launch: Launch, warp: int) -> int:
     """The loads of 16 bytes that one thread reads its part of the tiles with; 0 where a table says where they lie."""
     types, constants = dict(launch.signature), dict(launch.constants)
-    tables = ("student_ids", "teacher_ids", "shared_index", "rest")
+    tables = ("student_ids", "teacher_ids", "table", "rest")
     if any(types.get(table, "").startswith("*") for table in tables):
         return 0
     sizes = [4 if types[side] == "*fp32" else 2 for side in _SIDES.get(launch.kernel.__name__, ())]

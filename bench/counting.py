@@ -164,7 +164,7 @@ class Counter(TorchDispatchMode):
 
 def _shared_columns(v: dict, side: str, rows: int, shared: int) -> tuple[int, int]:
     """Bytes from memory, and from the L2 cache, of the shared columns of some rows."""
-    values, ids = v[side], v[f"{side}_ids"] if f"{side}_ids" in v else v.get("shared_index")
+    values, ids = v[side], v[f"{side}_ids"] if f"{side}_ids" in v else v["table"]
     size, width = values.element_size(), values.shape[1]
     if ids is None:
         read = rows * min(v[f"{side}_bound"], width) * size

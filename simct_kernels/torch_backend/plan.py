@@ -134,13 +134,13 @@ def plan_chunks(
         return kept[2]
 
     host = {name: on_host(getattr(units, name)) for name in ("student_start", *_UNIT_FIELDS[:-1])}
-    has_continuation = _has_continuation(host, *(None if ids is None else on_host(ids) for ids in candidates))
+    continued = has_continuation(host, *(None if ids is None else on_host(ids) for ids in candidates))
     # A side whose realisation is one token scores its continuation on the row of its shared candidates: the row's
     # log-sum-exp is then one constant for all candidates and cancels, as it does in a single unit.
-    lengthy = has_continuation & options.normalises
+    lengthy = continued & options.normalises
     student_whole = lengthy & (host["student_length"] > 1) | student_always_whole
     teacher_whole = lengthy & (host["teacher_length"] > 1) | teacher_always_whole
-    kind = has_continuation * 4 + student_whole * 2 + teacher_whole
+    kind = continued * 4 + student_whole * 2 + teacher_whole
     if merges and options.normalises:
         kind = _merge(kind, host["teacher_length"], device)
     order = kind.argsort(stable=True)
@@ -160,7 +160,7 @@ def plan_chunks(
         cuts += [begin + cut for cut in _cut(costs, tile, chunk_rows == "auto")]
     cuts = torch.tensor(cuts, dtype=torch.int64, device="cpu")
 
-    packed = _Packed()
+    packed = Packed()
     sides = [_split_side(packed, *(host[f"{side}_{name}"] for name in _SIDE_FIELDS), order, cuts) for side in _SIDES]
     members = [packed.add(part) for part in order.split(cuts.diff().tolist())]
     left_out = _split_left_out(packed, units, options, order, cuts)
@@ -183,7 +183,7 @@ _UNIT_FIELDS = ("student_length", "teacher_start", "teacher_length", "student_to
 _KEPT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _has_continuation(host: dict[str, Tensor], *candidates: Tensor | None) -> Tensor:
+def has_continuation(host: dict[str, Tensor], *candidates: Tensor | None) -> Tensor:
     """As `AlignedUnits.has_continuation`."""
     student_token = host["student_tokens"][host["student_start"]]
     teacher_token = host["teacher_tokens"][host["teacher_start"]]
@@ -244,7 +244,7 @@ def _fill(sums: list[list[int]], heights: list[int]) -> list[int]:
     return cuts
 
 
-class _Packed:
+class Packed:
     """Many int64 vectors on the CPU that travel to a device as one."""
 
     # Elements: so that each vector begins at a multiple of 256 bytes, as tensors of their own would.
@@ -268,7 +268,7 @@ class _Packed:
 
 
 def _split_side(
-    packed: _Packed, start: Tensor, length: Tensor, tokens: Tensor, order: Tensor, cuts: Tensor
+    packed: Packed, start: Tensor, length: Tensor, tokens: Tensor, order: Tensor, cuts: Tensor
 ) -> list[list[slice]]:
     """Each chunk's fields of Part on one side."""
     start, length = start[order], length[order]
@@ -295,7 +295,7 @@ def _chunk_begins(cuts: Tensor) -> Tensor:
 
 
 def _split_left_out(
-    packed: _Packed, units: AlignedUnits, options: LossOptions, order: Tensor, cuts: Tensor
+    packed: Packed, units: AlignedUnits, options: LossOptions, order: Tensor, cuts: Tensor
 ) -> list[slice] | None:
     """Each chunk's share of `units.left_out`, its units counted in the chunk."""
     if options.candidates != "disjoint" or units.left_out is None:

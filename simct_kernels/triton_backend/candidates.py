@@ -47,7 +47,7 @@ class Candidates:
     student: UnitRows
     teacher: UnitRows
     size: int  # K
-    continues: bool | Tensor  # whether all, none or which [G] of the units have a continuation
+    continues: bool | Tensor  # whether all, none or which (bool or int64 [G]) of the units have a continuation
     left_out: Tensor | None = None  # bool [any, any >= K]; a width that 16 divides is read faster
     left_out_rows: Tensor | None = None  # int64 [G], -1 for none
 

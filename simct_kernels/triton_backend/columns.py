@@ -6,6 +6,7 @@ Made once for a side's ids and kept as long as they live, on the CPU: see `simct
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +19,14 @@ _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
+class Tables:
+    """Of a student's columns: where the gradient finds what belongs to each."""
+
+    teacher: Tensor | None  # int32 [any], the teacher's column of a column's shared token, -1 for none; None: the same
+    shared: Tensor | None  # int32 [W], which shared token a column is, -1 for none; None: column k is token k
+
+
+@dataclass(frozen=True, eq=False)
 class Columns:
     ids: Tensor | None  # int32 [K'], as `padded`; None where shared token k is column k
     padded: Tensor  # int64 [K'], the ids, the last one repeated: see padded_ids
@@ -25,6 +34,7 @@ class Columns:
     host_ids: Tensor  # int64 [K], on the CPU
     _index: dict[int, Tensor] = field(default_factory=dict)
     _rest: dict[int, Tensor] = field(default_factory=dict)
+    _teachers: WeakKeyDictionary[Columns, dict[int | None, Tensor]] = field(default_factory=WeakKeyDictionary)
 
     def index(self, width: int) -> Tensor | None:
         """int32 [width], which shared token a column is, -1 for none; None where column k is token k for all K."""
@@ -46,6 +56,20 @@ class Columns:
             self._rest[width] = to_device(repeat_last(rest), self.ids.device)
         return self._rest[width]
 
+    def toward(self, teacher: Columns, width: int | None) -> Tensor:
+        """int32, the teacher's column of a column's shared token, -1 for none: [width], or (None) of the shared tokens [K']."""
+        found = self._teachers.setdefault(teacher, {})
+        if width not in found:
+            ids = teacher.host_ids.int()
+            if width is None:
+                table = torch.full((len(self.padded),), -1, dtype=torch.int32, device="cpu")
+                table[: len(ids)] = ids
+            else:
+                index = self._host_index(width)
+                table = torch.where(index < 0, index, ids[index.clamp(min=0)])
+            found[width] = to_device(table, self.padded.device)
+        return found[width]
+
     def _host_index(self, width: int) -> Tensor:
         options = {"dtype": torch.int32, "device": "cpu"}
         index = torch.full((width,), -1, **options)
@@ -64,3 +88,14 @@ def columns_of(
         held = padded_ids(ids).detach(), first, host.detach()
         _kept[ids] = Columns(None if first == 0 else columns, *held)
     return _kept[ids]
+
+
+def tables(
+    student: Columns,
+    teacher: Columns | None,  # None: its shared columns, in their order, are what is read
+    width: int | None,  # of the student's rows; None: likewise
+) -> Tables:
+    shared = None if width is None else student.index(width)
+    if teacher is None or teacher.ids is None:
+        return Tables(shared, shared)
+    return Tables(student.toward(teacher, None if shared is None else width), shared)

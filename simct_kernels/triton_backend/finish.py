@@ -61,7 +61,7 @@ def finish_kernel(
     teacher_classes,  # float32 [G, C]
     by_class,  # float32 [G, C], written: the loss's derivative by the student's
     class_count,  # C
-    has_continuation,  # bool [G]; None: all have one if CONTINUES
+    has_continuation,  # bool or int64 [G]; None: all have one if CONTINUES
     mass_floor,  # None: no unit is dropped
     count,  # G
     splits,

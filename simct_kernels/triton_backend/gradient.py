@@ -14,6 +14,7 @@ from torch import Tensor
 from simct_kernels.options import LossOptions
 from simct_kernels.triton_backend import tiles
 from simct_kernels.triton_backend.candidates import Candidates, Units, mode_of
+from simct_kernels.triton_backend.columns import Tables
 from simct_kernels.triton_backend.scores import exp, load_logits, score_gradient
 
 
@@ -27,12 +28,14 @@ def gradient_kernel(
     student_bias,
     student_scale,
     student_softcap,
-    shared_index,  # int32 [W], which shared candidate a column is, -1 for none; None: column k is candidate k
+    table,  # int32 [table_bound], see columns.Tables; None: column k is the teacher's column k
+    table_bound,
+    shared_index,  # int32 [W], likewise, needed with left_out
     row_unit,  # int64 [N], the unit that a row belongs to, -1 for none; None: row g is unit g's
     first_rows,  # int64 [G], the row of each unit's candidates; None: every row
     lengths,  # int64 [G], needed with tokens
     tokens,  # int64 [N], the column that a continuation's score reads; None: no such gradient falls in these columns
-    has_continuation,  # bool [G], needed with tokens; None: all have
+    has_continuation,  # bool or int64 [G], needed with tokens; None: all have
     logsumexp,  # float32 [N]; None: no score reads a row's log-sum-exp
     teacher,  # [N_t, W_t], and so on
     teacher_row_stride,
@@ -40,7 +43,6 @@ def gradient_kernel(
     teacher_bias,
     teacher_scale,
     teacher_softcap,
-    teacher_ids,  # int32 [any >= K] or None
     teacher_bound,  # see Side
     teacher_rows,  # int64 [G]
     left_out,  # bool [any, any >= K] or None
@@ -53,13 +55,13 @@ def gradient_kernel(
     width,  # W
     size,  # K
     splits,  # of the W columns
-    tiles_each,  # of a split
     inverse_temperature,
     beta,
     MODE: tl.constexpr,
     SUM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EACH: tl.constexpr,  # tiles of a split
     STREAM: tl.constexpr,  # see candidate_kernel
     KEEP: tl.constexpr,
 ):
@@ -104,14 +106,13 @@ def gradient_kernel(
     teacher_log = tl.load(state + 4 * unit_count + unit, mask=first, other=0.0)[:, None]
     kl = tl.load(state + 5 * unit_count + unit, mask=first, other=0.0)[:, None]
 
-    begin = split * tiles_each * BLOCK
-    for start in range(begin, tl.minimum(begin + tiles_each * BLOCK, width), BLOCK):
-        column = start + tl.arange(0, BLOCK)[None, :]
+    for tile in range(EACH):
+        column = (split * EACH + tile) * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside_columns = column < width
-        index, is_shared, teacher_inside = column, column < size, column < teacher_bound
-        if shared_index is not None:
-            index = tl.load(shared_index + column, mask=inside_columns, other=-1, cache_modifier=STREAM)
-            is_shared = index >= 0
+        is_shared, teacher_column, teacher_inside = column < size, column, column < teacher_bound
+        if table is not None:  # one look-up, not two that wait for each other: by shared token, then by column
+            teacher_column = tl.load(table + column, mask=column < table_bound, other=-1, cache_modifier=STREAM)
+            is_shared = teacher_column >= 0
             teacher_inside = is_shared
         chosen = first[:, None] & is_shared
         z = load_logits(
@@ -128,9 +129,6 @@ def gradient_kernel(
             STREAM,
             "",
         )
-        teacher_column = index
-        if teacher_ids is not None:
-            teacher_column = tl.load(teacher_ids + index, mask=teacher_inside, other=0, cache_modifier=STREAM)
         t = load_logits(
             teacher,
             teacher_row_stride,
@@ -146,6 +144,9 @@ def gradient_kernel(
             KEEP,
         )
         if left_out is not None:
+            index = column
+            if shared_index is not None:
+                index = tl.load(shared_index + column, mask=inside_columns, other=-1)
             left_out_inside = (listed >= 0) & (index < left_out_width) & (index >= 0)
             chosen = chosen & (tl.load(left_out + listed * left_out_width + index, mask=left_out_inside, other=0) == 0)
 
@@ -171,7 +172,7 @@ def gradient_kernel(
 
 def write_gradient(
     out: Tensor,  # [N, W]
-    shared_index: Tensor | None,  # int32 [W], which shared candidate a column is, -1 for none; None: the first K are
+    tables: Tables,  # of its columns
     candidates: Candidates,
     units: Units,
     weights: Tensor | None,  # [G]; None: 1
@@ -181,14 +182,16 @@ def write_gradient(
     weights = units.weighted(weights, torch.ones_like(units.losses))
     student, teacher = candidates.student, candidates.teacher
     own = None if candidates.continues is False or student.targets is not None else student.tokens
-    scattered = teacher.side.ids is not None
+    scattered = tables.teacher is not None
     shape = tiles.tile("gradient_scattered" if scattered else "gradient", out.device)
-    splits, each = tiles.splits(*out.shape, shape, out.device)
+    splits = triton.cdiv(out.shape[1], shape.block * shape.each)
     gradient_kernel[(triton.cdiv(out.shape[0], shape.rows) * splits,)](
         out,
         out.stride(0),
         *student.side.arguments(),
-        shared_index,
+        tables.teacher,
+        0 if tables.teacher is None else len(tables.teacher),
+        None if candidates.left_out is None else tables.shared,
         student.unit,
         None if student.unit is None else student.rows,
         student.length,
@@ -196,7 +199,6 @@ def write_gradient(
         candidates.has_continuation,
         units.student_logsumexp,
         *teacher.side.arguments(),
-        teacher.side.ids,
         teacher.side.bound,
         teacher.rows,
         candidates.left_out,
@@ -204,13 +206,14 @@ def write_gradient(
         candidates.left_out_rows,
         units.state,
         weights,
-        *(out.shape[0], units.state.shape[1], out.shape[1], candidates.size, splits, each),
+        *(out.shape[0], units.state.shape[1], out.shape[1], candidates.size, splits),
         1 / options.temperature,
         float(options.beta),
         MODE=mode_of(options.beta),
         SUM=options.score == "sum_logprob",
         ROWS=shape.rows,
         BLOCK=shape.block,
+        EACH=shape.each,
         **shape.caching,
         num_warps=shape.warps,
     )

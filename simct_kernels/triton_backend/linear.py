@@ -16,7 +16,7 @@ from simct_kernels import torch_backend
 from simct_kernels.torch_backend.plan import Chunk, Part
 from simct_kernels.torch_backend.rows import Pending, product, row_size
 from simct_kernels.triton_backend.candidates import Candidates, UnitRows, Units, divergence
-from simct_kernels.triton_backend.columns import columns_of
+from simct_kernels.triton_backend.columns import Columns, columns_of, tables
 from simct_kernels.triton_backend.gradient import write_gradient
 from simct_kernels.triton_backend.indexed import IndexedRows
 from simct_kernels.triton_backend.kept import HeadGradient, KeptTiles
@@ -85,6 +85,7 @@ class _RawRows(IndexedRows):
     def write_gradient(
         self,
         part: Part,
+        teacher: Columns | None,  # None: its shared columns were read
         candidates: Candidates,
         units: Units,
         weights: Tensor | None,  # [g]
@@ -92,14 +93,14 @@ class _RawRows(IndexedRows):
     ) -> None:
         """The gradient by the logits that `unit_rows` read."""
         values = candidates.student.side.values
-        index = self.placed.index(self.columns) if part.whole else None
+        found = tables(self.placed, teacher, self.columns if part.whole else None)
         kept, head = self._whole_kept, self._whole_head
         if not part.whole:
             kept, head = self._shared_kept, self._shared_head
         places = slice(None) if part.whole else self.shared_ids
 
         def write(out: Tensor) -> None:
-            write_gradient(out, index, candidates, units, weights, options)
+            write_gradient(out, found, candidates, units, weights, options)
 
         complete = self.write_kept(kept, head, places, values, write)
         if complete and not part.whole:
@@ -167,7 +168,8 @@ class LinearJob(torch_backend.LossJob):
             return units.losses
 
         part = chunk.student
-        student.write_gradient(part, candidates, units, weights, options)
+        placed = teacher.placed if chunk.teacher.whole else None
+        student.write_gradient(part, placed, candidates, units, weights, options)
         if not part.whole and chunk.has_continuation:
             by_target = units.weighted(weights, units.by_continuation)[part.unit]
             if options.score != "sum_logprob":

@@ -37,9 +37,9 @@ class Tile:
 
 _NVIDIA = {
     "logsumexp": Tile(1, 4096, 8, each=16),
-    "forward": Tile(1, 2048, 4, each=16),
+    "forward": Tile(1, 2048, 4, each=4),
     "forward_scattered": Tile(1, 2048, 4),
-    "gradient": Tile(1, 2048, 4),
+    "gradient": Tile(1, 2048, 4, each=4),
     "gradient_scattered": Tile(1, 2048, 4),
     "softmax": Tile(1, 2048, 8),
     "pick": Tile(16, 256, 4),
