@@ -94,7 +94,7 @@ def count_linear(
 
 def count_logits(case: Case, units: AlignedUnits, shared: SharedVocabulary, **options) -> tuple[Counter, float]:
     from simct_kernels.triton_backend.candidates import divergence
-    from simct_kernels.triton_backend.columns import columns_of
+    from simct_kernels.triton_backend.columns import columns_of, tables
     from simct_kernels.triton_backend.gradient import write_gradient
     from simct_kernels.triton_backend.logits import _candidates
 
@@ -110,8 +110,8 @@ def count_logits(case: Case, units: AlignedUnits, shared: SharedVocabulary, **op
     def call(units: AlignedUnits, shared: SharedVocabulary) -> None:
         candidates = _candidates(*logits, units, shared, settings)
         found = divergence(candidates, settings)
-        index = columns_of(shared.student_ids).index(widths[0])
-        write_gradient(torch.empty_like(logits[0]), index, candidates, found, None, settings)
+        found_tables = tables(columns_of(shared.student_ids), columns_of(shared.teacher_ids), widths[0])
+        write_gradient(torch.empty_like(logits[0]), found_tables, candidates, found, None, settings)
 
     counter = Counter(len(units.student_tokens), set(), given, tuple(logits))
     return _count(counter, call, units, shared), _seconds(least)
