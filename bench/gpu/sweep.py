@@ -22,8 +22,8 @@ from .steps import Item, Run
 
 KERNELS = {"forward": "candidate_kernel", "gradient": "gradient_kernel"}
 TRIED = {
-    # A program of 1,024 threads to itself on a multiprocessor, so that what it reads of a row again lies in the L1 cache, takes two to
-    # four times as long (H100, Triton 3.6: 15.6 and 32 ms in place of 5.7 and 9.0).
+    # A program of 1,024 threads to itself on a multiprocessor, so that what it reads of a row again lies in the L1 cache, takes two
+    # to four times as long (H100, Triton 3.6: 15.6 and 32 ms in place of 5.7 and 9.0).
     "forward_scattered": [
         Tile(1, 1024, 4), Tile(1, 1024, 8), Tile(1, 512, 4), Tile(1, 2048, 8), Tile(1, 4096, 8), Tile(1, 2048, 4, each=2),
     ],
