@@ -56,12 +56,14 @@ class Spelling:
 @dataclass(frozen=True)
 class Size:
     """A Llama of this size, trained for at most so many steps of 32 documents; `until`: it stops where it gets that share of
-    validation sums right (a student, whose seeds then begin alike)."""
+    validation sums right (a student, whose seeds then begin alike). `tuned`: steps on sums alone afterwards, at most, until it gets
+    nine of ten right (the teacher)."""
 
     width: int
     layers: int
     steps: int
     until: float | None = None
+    tuned: int = 0
 
 
 TEACHER = Spelling(1024)
@@ -73,9 +75,9 @@ STUDENTS = {
     "fine": Spelling(384),
     "trailing": Spelling(768, space="after"),
 }
-SIZES = {"teacher": Size(128, 3, 1500), "student": Size(96, 2, 2500, until=0.4)}
+SIZES = {"teacher": Size(128, 3, 1500, tuned=1000), "student": Size(96, 2, 2500, until=0.4)}
 QUICK_SIZES = {"teacher": Size(48, 1, 40), "student": Size(32, 1, 20, until=0.4)}
-RATE = 2e-3
+RATE, GOOD = 2e-3, 0.9
 AVERAGED = 0.98  # of the weights' moving average, which is what a student keeps: a run's end without its schedule
 CHECKED = 100  # steps
 
@@ -102,31 +104,38 @@ def make_model(folder: Path, spelling: Spelling, size: Size, texts: Texts, seed:
     if size.until is None:
         model, steps = train(config, tokenizer, texts.documents, steps=size.steps, seed=seed), size.steps
     else:
-        model, steps = warm_up(config, tokenizer, texts, size, seed)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).float()
+        model, steps = learn_until(size.until, model, tokenizer, texts.documents, texts, size.steps, seed)
+    if size.tuned:
+        sums = [document for document in texts.documents if answer(document) is not None]
+        model, more = learn_until(GOOD, model, tokenizer, sums, texts, size.tuned, seed, RATE / 2)
+        steps += more
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     found = {"steps": steps, "accuracy": sampled_accuracy(model, tokenizer, texts.validation, draws=4)}
     write_json(folder / "made_by.json", {"made_by": _made_by(spelling, size, texts, seed), **found})
 
 
-def warm_up(config, tokenizer, texts: Texts, size: Size, seed: int):
-    """A language model of the documents, as `train` makes one, but stopped by what it can do. Returns it and its steps.
+def learn_until(
+    share: float, model, tokenizer, documents: list[str], texts: Texts, most: int, seed: int, rate: float = RATE
+):
+    """A language model of the documents, as `train` makes one, but stopped by the share of validation sums that it gets right.
+    Returns it and its steps.
 
     The rate stays constant, since the end is not known, and the model is the moving average of the weights on the way.
     """
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).float()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = get_constant_schedule_with_warmup(optimizer, CHECKED)
-    for step, (ids, labels) in enumerate(batches(tokenizer, texts.documents, size.steps, seed), 1):
+    for step, (ids, labels) in enumerate(batches(tokenizer, documents, most, seed), 1):
         model(input_ids=ids, attention_mask=(labels != -100).long(), labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         average.update_parameters(model)
-        if step % CHECKED == 0 and sampled_accuracy(average.module, tokenizer, texts.validation[:128]) >= size.until:
+        if step % CHECKED == 0 and sampled_accuracy(average.module, tokenizer, texts.validation[:128]) >= share:
             break
     return average.module, step
 

@@ -198,7 +198,10 @@ def test_the_sampler_has_the_models_own_probabilities():
 def tiny(tmp_path_factory, texts):
     """A teacher, a student that writes digits one by one, and the teacher's samples."""
     folder = tmp_path_factory.mktemp("models")
-    made = {"teacher": (TEACHER, Size(32, 1, 2), 0), "digits": (STUDENTS["digits"], Size(32, 1, 1, until=0.4), 2)}
+    made = {
+        "teacher": (TEACHER, Size(32, 1, 2, tuned=1), 0),
+        "digits": (STUDENTS["digits"], Size(32, 1, 1, until=0.4), 2),
+    }
     for name, (spelling, size, seed) in made.items():
         spelling = replace(spelling, size=320)
         make_model(folder / name, spelling, size, texts, seed)
