@@ -87,6 +87,8 @@ def demo_logs(device_type: str, steps: int, responses: int, new_tokens: int, cal
             str(ASSETS / "student"), str(ASSETS / "teacher"), config, prompts, callbacks=list(callbacks)
         )
         trainer.remove_callback(PrinterCallback)
+        for callback in callbacks:
+            callback.trainer = trainer
         trainer.train()
     return [log for log in trainer.state.log_history if "loss" in log]
 

@@ -45,7 +45,8 @@ def demo(run: Run) -> None:
         record(run, case, name, values[measured])
     record(run, case, "sum of phases", [sum(values) for values in zip(*phases.values(), strict=True)][measured])
     record(run, case, "step by the clock", [seen["wall_ms"] / 1e3 for seen in watch.steps[measured]])
-    lines = [f"{calls:5} waits for the device at {place}" for place, calls in watch.waits.most_common(20)]
+    lines = [f"{side}: {found}" for side, found in zip(("student", "teacher"), watch.layouts(), strict=True)]
+    lines += [f"{calls:5} waits for the device at {place}" for place, calls in watch.waits.most_common(20)]
     lines += [f"{calls:5} calls {milliseconds:9.2f} ms {name[:90]}" for name, calls, milliseconds in watch.device[:15]]
     if watch.busy_ms is not None:
         lines.append(f"the device is busy for {watch.busy_ms:.1f} ms of {watch.steps[-1]['wall_ms']:.1f} ms")

@@ -32,7 +32,7 @@ class Watch(TrainerCallback):
     its driver, in ms, and for how long it is busy."""
 
     def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
+        self.cuda, self.trainer = device == "cuda", None
         self.steps: list[dict[str, object]] = []
         self.waits: Counter[str] = Counter()
         self.host: pstats.Stats | None = None
@@ -41,6 +41,10 @@ class Watch(TrainerCallback):
         self._compilations = Compilations()
         self._looking = ExitStack()
         self._collection_ms = self._collecting_since = 0.0
+
+    def layouts(self) -> tuple[object, object]:
+        """How the student's and the teacher's sequences were laid out."""
+        return self.trainer.layout, self.trainer.teacher.layout
 
     def on_train_begin(self, args, state, control, **kwargs):
         gc.callbacks.append(self._collect)

@@ -6,6 +6,7 @@ after the other in a row, told apart by position ids that begin again at 0 (what
 variable-length flash attention read).
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from simct.models.varlen import has_kernel, varlen_inside
 from simct_kernels import LMHead
 
 
@@ -28,14 +30,25 @@ class PackedSequences:
         None  # int64 [B, T], 1 for tokens and 0 for padding; None where sequences share rows, or padding is read by nobody
     )
     tokens: int = 0  # tokens that are no filling
+    # int32 [S + 1], where each sequence of a single row begins and the last one ends, and the longest one's tokens: what
+    # variable-length attention would wait for the device to find out, in every layer. None: the model is not told.
+    boundaries: Tensor | None = None
+    longest: int = 0
+    varlen: bool = False  # PyTorch's own variable-length attention, in place of the model's
 
     @classmethod
     def build(
-        cls, prompts: list[list[int]], responses: list[list[int]], *, row_length: int | None = None, masked: bool = True
+        cls,
+        prompts: list[list[int]],
+        responses: list[list[int]],
+        *,
+        row_length: int | None = None,
+        masked: bool = True,
+        bounded: bool = False,
     ) -> "PackedSequences":
         """`row_length` None: one sequence a row, padded on the right. Otherwise sequences share rows of that many tokens (more, if
         a sequence is longer), as few rows as first-fit finds. `masked` False: the model is not told of padding, which comes behind
-        all that a causal model reads.
+        all that a causal model reads. `bounded`: it is told where the sequences of a single row begin.
 
         Without any sequence the batch is one token that predicts nothing, so that a forward pass still has something to read."""
         # The last response token predicts nothing that enters the loss: it is not fed. Filling comes last and is read by nobody.
@@ -66,10 +79,15 @@ class PackedSequences:
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             first = start_of[i] + len(prompt) - 1
             rows.append(torch.arange(first, first + len(response)))
-        return cls(input_ids, position_ids, torch.cat(rows), mask, sum(lengths) if prompts else 0)
+        boundaries = None
+        if bounded and len(bins) == 1:  # which nothing fills up
+            boundaries = torch.tensor([0, *itertools.accumulate(lengths[i] for i in bins[0])], dtype=torch.int32)
+        tokens = sum(lengths) if prompts else 0
+        return cls(input_ids, position_ids, torch.cat(rows), mask, tokens, boundaries, max(lengths))
 
     def to(self, device: torch.device | str) -> "PackedSequences":
-        moved = {name: getattr(self, name) for name in ("input_ids", "position_ids", "rows", "attention_mask")}
+        names = ("input_ids", "position_ids", "rows", "attention_mask", "boundaries")
+        moved = {name: getattr(self, name) for name in names}
         return replace(self, **{name: None if tensor is None else tensor.to(device) for name, tensor in moved.items()})
 
 
@@ -81,19 +99,27 @@ class Layout:
 
     `hidden_size`: that of a model on a GPU whose attention is SDPA. Rows that sequences share want a mask there, T x T for each
     row, and with it the slower of SDPA's kernels; a sequence alone in its row wants none. So rows are shared only where that saves
-    more than it costs. 0: always."""
+    more than it costs. 0: always. `bounded`: the model is told where the sequences of a row begin. `varlen`: in a single row, by
+    PyTorch's own variable-length attention."""
 
     packed: bool = False
     one_row: bool = False
     hidden_size: int = 0
+    bounded: bool = False
+    varlen: bool = False
 
     @classmethod
     def of(
-        cls, model: nn.Module, packing: str = "auto", autocast: Callable[[], AbstractContextManager] = nullcontext
+        cls,
+        model: nn.Module,
+        packing: str = "auto",
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        *,
+        frozen: bool = False,
     ) -> "Layout":
         """`packing`: "off", "on", or "auto": on if this model gives the same hidden states for packed sequences as for each alone.
-        `autocast`: that of the run, for attention that takes 16 bits only (elsewhere the weights' own precision shows more). The
-        model is where it will run.
+        `autocast`: that of the run, for attention that takes 16 bits only (elsewhere the weights' own precision shows more).
+        `frozen`: no gradient is ever asked for. The model is where it will run.
 
         Raises ValueError for "on" with a model that does not (a state that runs through the whole row, learned positions, ...).
         """
@@ -102,11 +128,16 @@ class Layout:
             plain = cls()
         if packing == "off":
             return plain
-        layout = cls(True, uses_flash(model), plain.hidden_size if packing == "auto" else 0)
-        with autocast() if layout.one_row else nullcontext():
-            problem = _packing_problem(model, layout)
-        if problem is None:
-            return layout
+        layouts = [cls(True, hidden_size=plain.hidden_size if packing == "auto" else 0)]
+        if uses_flash(model):
+            layouts = [cls(True, True, bounded=True), cls(True, True)]
+        elif frozen and has_kernel(model):
+            layouts.insert(0, cls(True, True, bounded=True, varlen=True))
+        for layout in layouts:
+            with autocast() if layout.one_row else nullcontext():
+                problem = _packing_problem(model, layout)
+            if problem is None:
+                return layout
         if packing == "on":
             raise ValueError(f"packing is 'on', but {type(model).__name__} cannot read packed sequences ({problem})")
         return plain
@@ -116,8 +147,12 @@ class Layout:
         width = max(lengths, default=1)
         if not self.packed or not self.shares_rows([(len(first_fit(lengths, width)), width)], [(len(lengths), width)]):
             return PackedSequences.build(prompts, responses, masked=not self.hidden_size)
-        row_length = sum(lengths) if self.one_row else width
-        return PackedSequences.build(prompts, responses, row_length=max(row_length, 1))
+        row_length = max(sum(lengths) if self.one_row else width, 1)
+        return self._in_rows(prompts, responses, row_length)
+
+    def _in_rows(self, prompts: list[list[int]], responses: list[list[int]], length: int) -> PackedSequences:
+        sequences = PackedSequences.build(prompts, responses, row_length=length, bounded=self.bounded)
+        return replace(sequences, varlen=self.varlen)
 
     def shares_rows(self, shared: list[tuple[int, int]], alone: list[tuple[int, int]]) -> bool:
         """Whether batches of so many rows of so many tokens cost less than those with one sequence a row. Of a layer's token: its
@@ -141,8 +176,10 @@ def _packing_problem(model: nn.Module, layout: Layout) -> str | None:
                 response_hidden_states(model, PackedSequences.build([p], [r]).to(device))
                 for p, r in zip(prompts, responses, strict=True)
             ]
-            row_length = None if not layout.packed else 11  # both sequences in one row, with room to fill
-            both = PackedSequences.build(prompts, responses, row_length=row_length, masked=False)
+            if layout.packed:
+                both = layout._in_rows(prompts, responses, 11)  # both in one row, with room to fill
+            else:
+                both = PackedSequences.build(prompts, responses, masked=False)
             packed = response_hidden_states(model, both.to(device))
     except (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError) as error:
         return str(error)
@@ -205,13 +242,17 @@ def response_hidden_states(model: nn.Module, sequences: PackedSequences) -> Tens
     if sequences.attention_mask is None and sequences.position_ids is not None:
         # Else the model's own: some count from the mask, some know no positions.
         positions["position_ids"] = sequences.position_ids
-    output = model.get_decoder()(
-        input_ids=sequences.input_ids,
-        attention_mask=sequences.attention_mask,
-        use_cache=False,
-        return_dict=True,
-        **positions,
-    )
+    if sequences.boundaries is not None:
+        for side in "q", "k":
+            positions |= {f"cu_seq_lens_{side}": sequences.boundaries, f"max_length_{side}": sequences.longest}
+    with varlen_inside(model) if sequences.varlen else nullcontext():
+        output = model.get_decoder()(
+            input_ids=sequences.input_ids,
+            attention_mask=sequences.attention_mask,
+            use_cache=False,
+            return_dict=True,
+            **positions,
+        )
     hidden = output.last_hidden_state.flatten(0, 1)
     return hidden[sequences.rows.to(hidden.device)]  # of a model spread over devices, the last one
 

@@ -70,7 +70,7 @@ class LocalTeacher:
             self.model.to(device)
         if LMHead.from_model(self.model).weight.is_meta:
             raise ValueError("device_map leaves the teacher's head in main memory or on disk: expected it on a device")
-        self.layout = Layout.of(self.model, packing)
+        self.layout = Layout.of(self.model, packing, frozen=True)
         check_head(self.model, "teacher")
         head = LMHead.from_model(self.model)
         if head.weight.device != device:

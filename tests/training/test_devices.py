@@ -81,14 +81,14 @@ def test_models_with_flash_attention_are_checked_where_they_run(gpu, tmp_path):
     student, teacher = with_flash(gpu, STUDENT), with_flash(gpu, TEACHER, torch.bfloat16)
     trainer = trainer_on(gpu, tmp_path, student, teacher, bf16=True, packing="on")
     assert devices(trainer.model) == devices(trainer.teacher.model) == {CUDA}
-    assert trainer.layout == trainer.teacher.layout == Layout(packed=True, one_row=True)
+    assert trainer.layout == trainer.teacher.layout == Layout(packed=True, one_row=True, bounded=True)
     assert set(ran) == {(CUDA, torch.bfloat16)} and len(ran) >= 2 * (2 + 3)  # the head's two forwards, three of packing
 
 
 def test_a_student_to_be_sharded_is_checked_though_flash_attention_has_no_cpu_kernel(tmp_path):
     model = tiny_model(STUDENT)
     model.config._attn_implementation = "flash_of_this_test"
-    assert Layout.of(model, "on") == Layout(packed=True, one_row=True)
+    assert Layout.of(model, "on") == Layout(packed=True, one_row=True, bounded=True)
     LocalTeacher(model, tokenizer(STUDENT)).head  # noqa: B018
     assert model.config._attn_implementation == "flash_of_this_test" and not ran
 
