@@ -70,9 +70,8 @@ def run(
     logging.disable_progress_bar()
     started = time.perf_counter()
     arm = ARMS.get(key.arm)
-    train = data.train
-    if arm and arm.data == "teacher":
-        train = random.Random(key.seed).sample(data.teacher_train, len(data.teacher_train))
+    drawn = random.Random(key.seed).sample(data.teacher_train, min(plan.steps * plan.prompts, len(data.teacher_train)))
+    train = drawn if arm and arm.data == "teacher" and not arm.sft else data.train
     curve: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         trainer = _trainer(key, arm, student, teacher, train, plan, scratch, {"use_cpu": device == "cpu", **options})
@@ -86,7 +85,7 @@ def run(
         if arm:
             along(0)
             if arm.sft:
-                finetune(trainer, train, plan.steps, along)
+                finetune(trainer, drawn, plan.steps, along)
             else:
                 trainer.add_callback(_Along(along))
                 trainer.train()
