@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from simct.models.varlen import has_kernel, varlen_inside
 from simct_kernels import LMHead
+from simct_kernels.host import to_device
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,12 @@ class PackedSequences:
         return cls(input_ids, position_ids, torch.cat(rows), mask, tokens, boundaries, max(lengths))
 
     def to(self, device: torch.device | str) -> "PackedSequences":
+        """Without waiting for what a GPU still has to do."""
         names = ("input_ids", "position_ids", "rows", "attention_mask", "boundaries")
         moved = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: None if tensor is None else tensor.to(device) for name, tensor in moved.items()})
+        return replace(
+            self, **{name: None if tensor is None else to_device(tensor, device) for name, tensor in moved.items()}
+        )
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ from simct.training.recorder import Recorder
 from simct.training.samples import Samples
 from simct_kernels import LMHead, token_statistics
 from simct_kernels.backends import choose as choose_backend
+from simct_kernels.host import to_device
 
 
 class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
@@ -231,7 +232,7 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
             self.recorder.responses(part, self.scorers[part.teacher].pair)
         units = sum(len(part.alignment.student_start) for part in every)
         counts = [sum(map(len, samples.student_responses)), units, len(samples)]
-        self._totals = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), "sum")
+        self._totals = self.accelerator.reduce(to_device(torch.tensor(counts), self.args.device), "sum")
         # `input_ids` by that name: the Trainer counts tokens and floating-point operations with it.
         self._inputs = [
             {"input_ids": torch.cat([part.packed.input_ids.flatten() for part in found])[None], "parts": found}

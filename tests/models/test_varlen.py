@@ -127,3 +127,12 @@ def test_flash_attention_is_told_where_sequences_begin(model, monkeypatch):
     with torch.no_grad():
         response_hidden_states(model, layout.build(PROMPTS, RESPONSES))
     assert len(told) == 2 and all(ends.tolist() == [0, 4, 8, 13] and longest == 5 for ends, longest in told)
+
+
+def test_a_batch_is_sent_without_waiting(monkeypatch):
+    """By pinned memory: a plain copy would wait for all that the device has to do before."""
+    sent = []
+    monkeypatch.setattr(hidden, "to_device", lambda tensor, device: sent.append(tensor.shape) or tensor)
+    sequences = Layout(packed=True, one_row=True, bounded=True).build(PROMPTS, RESPONSES)
+    sequences.to("cuda")
+    assert sent == [(1, 13), (1, 13), (7,), (4,)]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from packages import needs_continuous_batching
+from torch.overrides import TorchFunctionMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from simct.data.prompts import render_prompt
@@ -218,3 +219,23 @@ def test_log_probabilities_of_a_server_that_are_no_numbers_are_no_sample(value):
     assert to_response([1, 2, 5], "stop", 5, [-0.5, -1.0, -0.1], settings).logprobs == [-0.5, -1.0, -0.1]
     with pytest.raises(FloatingPointError, match="token 1 of a sampled response has the log-probability"):
         to_response([1, 2, 5], "stop", 5, [-0.5, value, -0.1], settings)
+
+
+class Reads(TorchFunctionMode):
+    """How often lists are read from tensors, each time waiting for a GPU."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.Tensor.tolist
+        return function(*args, **(kwargs or {}))
+
+
+def test_static_batches_are_read_at_once(demo_student, demo_tokenizers, prompts):
+    """Not response by response."""
+    settings, counted = sampling(demo_tokenizers[0], max_new_tokens=6), []
+    for several in prompts[:1], prompts * 4:
+        with Reads() as reads:
+            StaticBatching(demo_student).generate(several, settings, seed=0)
+        counted.append(reads.count)
+    assert counted[0] == counted[1] >= 2
