@@ -27,9 +27,8 @@ def test_no_problem_has_a_twin_in_another_part(some):
     keys = [{problem.key for problem in part} for part in parts]
     assert not (keys[0] & keys[1] or keys[0] & keys[2] or keys[1] & keys[2])
     assert len(keys[1]) == len(keys[2]) == 60
-    assert Counter(problem.key[0] for problem in some.held_out) == {
-        "chain": 24, "days": 12, "dearest": 12, "alphabet": 12,
-    }  # fmt: skip
+    names = ("chain", "days", "dearest", "alphabet", "kinds")
+    assert Counter(problem.key[0] for problem in some.held_out) == dict.fromkeys(names, 12)
     again = make_problems(documents=300, train=60, held_out=60)
     assert again == some, "drawn anew in every process"
 
@@ -65,6 +64,10 @@ def test_right_responses_are_right(some):
         elif kind == "days":
             first, n = problem.key[1:]
             assert problem.answer == problems.DAYS[(first + n) % 7]
+        elif kind == "kinds":
+            things = problem.prompt.strip().split(": ")[1].split(", ")
+            chosen = [thing for thing in things if problems.KIND[thing] == problem.key[1]]
+            assert chosen == problem.answer.split(", ")
     assert answer_of("#1\n# 2 ") == "2" and answer_of("no mark") is None
 
 

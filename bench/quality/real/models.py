@@ -49,9 +49,9 @@ def body_parameters(model: LlamaForCausalLM) -> int:
 
 @dataclass(frozen=True)
 class Documents:
-    """Prompts and responses, on the device. ids: int64 [N, T]; first, last: int64 [N], positions of the first response token and
-    behind the end of the turn; used: int64 [U], ids that some response has; other: int64 [V - U]; place: int64 [V], of an id in
-    `used`."""
+    """Prompts and responses. On the device: ids, int64 [N, T]; used, int64 [U], ids that some response has; other, int64 [V - U];
+    place, int64 [V], of an id in `used`. On the CPU, where rows are chosen without waiting for the device: first, last, int64 [N],
+    positions of the first response token and behind the end of the turn."""
 
     ids: Tensor
     first: Tensor
@@ -80,7 +80,7 @@ class Documents:
         place = torch.zeros(vocabulary, dtype=torch.int64)
         place[used] = torch.arange(len(used))
         first, last = torch.tensor([len(p) for p in prompts]), torch.tensor([len(row) for row in rows])
-        return cls(*(t.to(device) for t in (ids, first, last, used, free.nonzero().flatten(), place)))
+        return cls(ids.to(device), first, last, *(t.to(device) for t in (used, free.nonzero().flatten(), place)))
 
 
 class Learner:
@@ -93,30 +93,35 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=fused
         )
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0
 
     def step(self, scale: float) -> Tensor:
         """One step at the share `scale` of the highest learning rate. Returns its loss, without waiting for it."""
-        own, draw = self.documents, dict(device=self.device, generator=self.generator)
+        own = self.documents
         for group in self.optimizer.param_groups:
             group["lr"] = scale * self.rate
-        chosen = torch.randint(len(own.ids), (self.batch,), **draw)
-        ids, first, last = own.ids[chosen], own.first[chosen], own.last[chosen]
-        positions = torch.arange(ids.shape[1] - 1, device=self.device)
-        predicts = (positions >= first[:, None] - 1) & (positions < last[:, None] - 1)
-        drawn = own.other[torch.randint(len(own.other), (min(DRAWN, len(own.other)),), **draw)]
+        chosen = self._draw(len(own.ids), self.batch)
+        ids = own.ids[chosen.to(self.device)]
+        positions = torch.arange(ids.shape[1] - 1)
+        predicts = (positions >= own.first[chosen, None] - 1) & (positions < own.last[chosen, None] - 1)
+        at = predicts.flatten().nonzero().flatten().to(self.device)
+        drawn = own.other[self._draw(len(own.other), DRAWN).to(self.device)]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             # Filling is behind the text, where causal attention never looks: no mask.
-            hidden = self.model.get_decoder()(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[predicts]
+            hidden = self.model.get_decoder()(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+            hidden, targets = hidden.flatten(0, 1)[at], own.place[ids[:, 1:].flatten()[at]]
             weight = self.model.get_output_embeddings().weight
-            loss = sampled_cross_entropy(hidden, weight, own.used, drawn, own.place[ids[:, 1:][predicts]])
+            loss = sampled_cross_entropy(hidden, weight, own.used, drawn, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
         return loss.detach()
+
+    def _draw(self, below: int, count: int) -> Tensor:
+        return torch.randint(below, (count,), generator=self.generator)
 
 
 def learn_until(

@@ -13,13 +13,16 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 NAMES = (
     "Mara Owen Ines Tariq Bea Kofi Lena Hugo Priya Sven Noor Elio Wanda Yusuf Greta Ravi Paloma Dmitri Chioma Anselm"
 ).split()
-THINGS = (
-    "plums figs lamps stoves chairs anchors lanterns violins baskets kettles marbles thimbles parsnips walnuts buckets "
-    "saddles ladders trumpets candles compasses hammocks pillows blankets teapots apricots quinces radishes turnips "
-    "pomegranates tangerines artichokes hazelnuts cranberries doughnuts pretzels harmonicas accordions tambourines "
-    "xylophones microscopes telescopes barometers typewriters wheelbarrows screwdrivers chandeliers tablecloths "
-    "snowshoes horseshoes parachutes"
-).split()
+KINDS = {
+    "food": "plums figs parsnips walnuts apricots quinces radishes turnips pomegranates tangerines artichokes hazelnuts "
+    "cranberries doughnuts pretzels",
+    "instruments": "violins trumpets harmonicas accordions tambourines xylophones cellos bassoons",
+    "furniture": "lamps stoves chairs hammocks pillows blankets chandeliers tablecloths teapots kettles candles baskets buckets",
+    "tools": "anchors lanterns marbles thimbles saddles ladders compasses microscopes telescopes barometers typewriters "
+    "wheelbarrows screwdrivers snowshoes horseshoes parachutes",
+}
+KIND = {thing: kind for kind, things in KINDS.items() for thing in things.split()}
+THINGS = tuple(KIND)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def days(draw: random.Random) -> Problem:
 def dearest(draw: random.Random) -> Problem:
     """Four things, sorted by their prices."""
     priced = list(zip(draw.sample(THINGS, 4), draw.sample(range(10, 100), 4), strict=True))
-    prompt = ", ".join(f"{thing} {price}" for thing, price in priced) + ". Which are dearest?\n"
+    prompt = ", ".join(f"{thing} {price}" for thing, price in priced) + ". By price: which is dearest?\n"
     priced.sort(key=lambda one: one[1])
     text = ", ".join(f"{thing} {price}" for thing, price in priced)
     return Problem(("dearest", *sorted(priced)), prompt, f"{text}\n#{priced[-1][0]}", priced[-1][0])
@@ -73,7 +76,15 @@ def alphabet(draw: random.Random) -> Problem:
     return Problem(("alphabet", *sorted(things)), f"In alphabetical order: {', '.join(things)}\n", f"#{answer}", answer)
 
 
-FAMILIES: tuple[Callable[[random.Random], Problem], ...] = (chain, chain, days, dearest, alphabet)
+def kinds(draw: random.Random) -> Problem:
+    things = draw.sample(THINGS, 5)
+    kind = KIND[things[0]]
+    draw.shuffle(things)
+    answer = ", ".join(thing for thing in things if KIND[thing] == kind)
+    return Problem(("kinds", kind, *sorted(things)), f"Only the {kind}: {', '.join(things)}\n", f"#{answer}", answer)
+
+
+FAMILIES: tuple[Callable[[random.Random], Problem], ...] = (chain, days, dearest, alphabet, kinds)
 
 
 @dataclass(frozen=True)
