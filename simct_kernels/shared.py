@@ -18,10 +18,10 @@ from simct_kernels.values import check_device, check_least, check_vector, descri
 class SharedVocabulary:
     """The K tokens that both vocabularies spell with the same bytes: pair k is (student_ids[k], teacher_ids[k]).
 
-    Candidates that are a *sum* of ids are its classes (arXiv 2609.20511: all that ends a turn), few and small: rows (class, id) say
-    which ids a class sums on either side, as many as there are. Its score is the log-sum-exp of their logits, after soft-cap and
-    scale: with log-probabilities, the logarithm of their summed probability. A single unit whose two tokens are of one class is
-    that candidate, and has no continuation.
+    Candidates that are a *sum* of ids are its classes (arXiv 2609.20511: all that ends a turn), few and small: rows (class, id)
+    list the ids of each class on either side. A class's score is the log-sum-exp of their logits, after soft-cap and scale: with
+    log-probabilities, the logarithm of their summed probability. A single unit whose two tokens are of one class is that
+    candidate, and has no continuation.
 
     Raises ValueError for anything but int64 vectors of one length >= 1 on one device, without negative or repeated ids,
     student_ids ascending; for classes on one side only, or that are not int64 rows sorted by class, the same 0 to C - 1 on both

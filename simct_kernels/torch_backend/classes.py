@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from simct_kernels.host import on_host
 from simct_kernels.shared import SharedVocabulary
 
 
@@ -22,11 +23,15 @@ class Classes:
     ids: Tensor  # int64 [M], without repeats
     number: Tensor  # int64 [M], the class of each
     count: int  # C
+    host_ids: list[int]  # the ids
 
     @classmethod
     def of(cls, shared: SharedVocabulary, side: str) -> Classes | None:
         rows = getattr(shared, f"{side}_classes")
-        return None if rows is None else cls(rows[:, 1].contiguous(), rows[:, 0].contiguous(), shared.class_count)
+        if rows is None:
+            return None
+        number, ids = (column.contiguous() for column in rows.T)
+        return cls(ids, number, shared.class_count, on_host(rows)[:, 1].tolist())
 
     def logits(
         self,

@@ -273,6 +273,7 @@ class IndexedRows(LinearRows):
         super().__init__(hidden, head, shared_ids, dtype, **needs)
         self.pick_width = 1
         self._entries: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, ids and gradient, flat
+        self._class_weight: Tensor | None = None  # float32 [M, H], the weight's gradient of the classes' ids
 
     def write_kept(
         self,
@@ -313,13 +314,23 @@ class IndexedRows(LinearRows):
         return self.pick(rows, ids.expand(len(rows), -1))
 
     def add_pick_same(self, rows: Tensor, ids: Tensor, gradient: Tensor) -> None:
-        self.add_pick(rows, ids.expand(len(rows), -1), gradient)
+        """As `add_pick`; the ids, always those of the classes, are few: a product of their own makes the weight's gradient."""
+        if self.hidden_gradient is not None:
+            each = ids.expand(len(rows), -1)
+            add_hidden_gradient(self.hidden_gradient, gradient, rows, self.head.weight.detach(), each)
+        if self._needs_weight:
+            made = gradient.T @ self.hidden[rows].to(self.dtype)
+            self._class_weight = made if self._class_weight is None else self._class_weight.add_(made)
+        if self.bias_gradient is not None:
+            self.bias_gradient[ids] += gradient.sum(0)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         entries = self._take_entries()
         if entries is not None and self.weight_gradient is not None:
             gradient, ids, rows = entries
             add_weight_gradient(self.weight_gradient, gradient, self.hidden, rows, ids)
+        if self._class_weight is not None:
+            self.weight_gradient[self.classes.ids] += self._class_weight
         return super().gradients()
 
     def _take_entries(self) -> tuple[Tensor, Tensor, Tensor] | None:

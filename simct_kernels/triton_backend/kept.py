@@ -123,8 +123,10 @@ class HeadGradient:
         entries: tuple[Tensor, Tensor, Tensor]
         | None,  # float32 [E] gradients by logits, their ids and rows of `hidden`
         hidden: Tensor,  # [N, H]
+        classes: tuple[list[int], Tensor]
+        | None = None,  # ids, and the gradient float32 [M, H] of their rows of the head
     ) -> None:
-        self.shape, self.shared_ids, self.placed = shape, shared_ids, placed
+        self.shape, self.shared_ids, self.placed, self.classes = shape, shared_ids, placed, classes
         self.shared, self.whole, self.entries, self.hidden = shared, whole, entries, hidden
 
     def make(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -137,10 +139,11 @@ class HeadGradient:
     def _make(self, scale: Tensor | None, out: Tensor) -> Tensor:
         options = {"dtype": torch.float32, "device": out.device}
         parts, width = ranges(*self.shape), self.shape[1]
-        alone = scale is None and out.dtype == torch.float32 and self.shared is None and self.entries is None
+        picked = self.entries is not None or self.classes is not None
+        alone = scale is None and out.dtype == torch.float32 and self.shared is None and not picked
         height = max(end - begin for begin, end in parts)
         sums = None
-        if not alone and (self.whole is not None or self.entries is not None):
+        if not alone and (self.whole is not None or picked):
             sums = torch.empty(height, width, **options)
         edges = torch.tensor([begin for begin, _ in parts] + [self.shape[0]], dtype=torch.int64, device="cpu")
         bounds = list(itertools.pairwise(torch.searchsorted(self.placed.host_ids.contiguous(), edges).tolist()))
@@ -157,6 +160,9 @@ class HeadGradient:
                 continue
             if self.entries is not None:
                 self._add_entries(begin, end, whole)
+            for i, row in zip(*(self.classes or ((), ())), strict=True):
+                if begin <= i < end:
+                    whole[i - begin] += row
             # A product whose operand begins at an odd element would be read element by element: a few more are made.
             shared = None
             if self.shared is not None and high > low:

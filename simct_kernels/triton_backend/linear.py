@@ -113,7 +113,8 @@ class _RawRows(IndexedRows):
         if self.of_weight:
             kept = self._shared_kept, self._whole_kept
             shape = self.head.weight.shape
-            weight = HeadGradient(shape, self.shared_ids, self.placed, *kept, entries, self.hidden)
+            classes = None if self._class_weight is None else (self.classes.host_ids, self._class_weight)
+            weight = HeadGradient(shape, self.shared_ids, self.placed, *kept, entries, self.hidden, classes)
         return self.hidden_gradient, weight, self.bias_gradient
 
     def _shared_head(self) -> Tensor:  # [K', H]

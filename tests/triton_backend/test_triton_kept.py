@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from kernels.cases import FEW, MIXED, Problem, make_problem, relative_error, slow
+from kernels.cases import FEW, MIXED, Problem, make_problem, relative_error, slow, with_classes
 from triton_cases import linear_simct_loss
 
 from simct_kernels import LMHead, SharedVocabulary
@@ -40,11 +40,14 @@ def narrow_ranges(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("merge_rows", [0, 64])
-def test_ranges_and_entries(monkeypatch, narrow_ranges, merge_rows):
-    """Unmerged, units of one student token have their own token's gradient apart from the tiles."""
+@pytest.mark.parametrize(
+    "merge_rows,lengths,classes", [(0, MIXED, ()), (64, MIXED, ((5, 3),)), (0, [(1, 1)] * 2, ((5, 3),))]
+)
+def test_ranges_and_entries(monkeypatch, narrow_ranges, merge_rows, lengths, classes):
+    """Unmerged, units of one student token have their own token's gradient apart from the tiles, as classes always have."""
     monkeypatch.setitem(plan.MERGE_ROWS, "cpu", (merge_rows, merge_rows))
-    assert_agrees(make_problem(dtype=torch.float32, bias=False, softcap=3.0), 1e-5)
+    problem = make_problem(lengths, dtype=torch.float32, bias=False, softcap=3.0)
+    assert_agrees(with_classes(problem, *classes) if classes else problem, 1e-5)
 
 
 def test_groups_of_chunks(monkeypatch, narrow_ranges):
