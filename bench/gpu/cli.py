@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together (%(default)s)")
     parser.add_argument("--output", type=Path, help="default: $OUT, or bench/results/gpu-<device>")
     parser.add_argument(
-        "--case", nargs="*", default=(), help="of profile and bench: only cases named like one of these"
+        "--case", nargs="*", default=(), help="of profile, bench, sweep and oracle: only cases named like one of these"
     )
     parser.add_argument("--method", nargs="*", default=(), help="of bench: only methods named like one of these")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU at toy size, with faults on purpose")

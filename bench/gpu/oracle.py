@@ -78,7 +78,8 @@ VARIANTS = [
 
 def items(run: Run) -> list[Item]:
     made = [Item("oracle and torch in float64", lambda: agreement(run))]
-    chosen = VARIANTS[:3] if run.rehearse else VARIANTS
+    named = [one for one in VARIANTS if run.chooses(one.name, run.cases)]
+    chosen = VARIANTS[:3] if run.rehearse else named or VARIANTS
     for one in chosen:
         for dtype in one.dtypes[-1:] if run.rehearse else one.dtypes:
             made.append(Item(f"{one.name}, {dtype}", lambda one=one, dtype=dtype: check(run, one, dtype), seconds=25.0))
