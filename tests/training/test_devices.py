@@ -16,6 +16,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from simct import LocalTeacher, SimCTTrainer
 from simct.models.hidden import Layout
+from simct.rollouts.transformers_engines import attention_of_any_shape
 from simct.training.evaluation import score
 
 ran: list[tuple[torch.device, torch.dtype]] = []
@@ -179,14 +180,15 @@ def test_the_cache_of_keys_and_values_is_free_while_teacher_and_student_run(tmp_
     assert held == {"teacher": 0, "student": 0}
 
 
-@pytest.mark.parametrize("on_gpu", [True, False])
-def test_no_attention_that_plans_for_each_shape(request, tmp_path, on_gpu):
+def test_no_attention_that_plans_for_each_shape(gpu, tmp_path):
     """cuDNN's, which PyTorch prefers on an H100: every micro-batch, and every sampled token, has a shape of its own."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
-        trainer_on(request.getfixturevalue("gpu") if on_gpu else None, tmp_path)
-        assert torch.backends.cuda.cudnn_sdp_enabled() == (not on_gpu)
+        attention_of_any_shape(torch.device("cpu"))
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        trainer_on(gpu, tmp_path, packing="off")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)

@@ -8,6 +8,7 @@ from tiny import tiny_model
 from torch.overrides import TorchFunctionMode
 from transformers import BloomConfig, BloomForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from simct.models import hidden
 from simct.models.hidden import Layout, PackedSequences, first_fit, response_hidden_states
 from simct.rollouts.protocol import Response
 from simct.training.micro_batches import split
@@ -135,7 +136,8 @@ def test_a_split_stays_within_the_budget_however_rows_are_laid_out(lengths, budg
     assert len(told) == 1 and all(part.packed.attention_mask is None for part in parts)
 
 
-def test_a_model_on_a_gpu_is_laid_out_by_its_width(gpu):
+def test_a_model_on_a_gpu_is_laid_out_by_its_width(gpu, monkeypatch):
+    monkeypatch.setattr(hidden, "_packing_problem", lambda *_: None)
     with gpu.fake:
         model = tiny_model(STUDENT).to(CUDA)
     assert model.config._attn_implementation == "sdpa"
