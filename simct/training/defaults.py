@@ -64,6 +64,7 @@ def numbers_of(
         offload_teacher=bool(_get(config, "offload_teacher", False)),
         device_type="cpu" if on_cpu else "cuda",
         objective=_get(config, "objective", "simct"),
+        score=_get(config, "score", "mean_logprob"),
         teacher_top_k=_get(config, "teacher_top_k", 64),
         processes=processes,
         shard_student=sharded,

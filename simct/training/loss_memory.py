@@ -10,6 +10,7 @@ from simct_kernels.torch_backend.rows import row_size
 
 # As simct_kernels.triton_backend.kept, which cannot be imported where there is no Triton.
 KEPT_BYTES, RANGE_BYTES = 5 << 28, 4 << 25
+LONGER = 2.5  # tokens of a longer unit
 SINGLE = 0.75  # share of a response's tokens in one-to-one units: 0.53 to 0.96 of the paper's pairs
 
 _TABLE_BYTES = (
@@ -27,6 +28,7 @@ def loss_bytes(
     chunk_rows: int | None,
     device_type: str,
     objective: str,
+    score: str = "mean_logprob",
 ) -> int:
     """What a loss holds at once, without the teacher's `shared_rows_bytes`."""
     ours = student.get_output_embeddings().weight
@@ -49,16 +51,21 @@ def loss_bytes(
         trained = ours.numel() + shared * ours.shape[1] if ours.requires_grad else 0
         kept = shared * ours.shape[1] * compute.itemsize
         return 3 * 4 * chunk + 4 * trained + 4 * rows * ours.shape[1] + kept
-    return _of_kept_tiles(ours, len(theirs), rows, compute, shared, chunk_rows or max(1, limit // columns), limit)
+    chunk = chunk_rows or max(1, limit // columns)
+    return _of_kept_tiles(ours, len(theirs), rows, compute, shared, chunk, limit, normalised=score != "mean_logit")
 
 
-def _of_kept_tiles(ours, teacher_columns: int, rows: int, compute, shared: int, chunk: int, limit: int) -> int:
+def _of_kept_tiles(
+    ours, teacher_columns: int, rows: int, compute, shared: int, chunk: int, limit: int, normalised: bool
+) -> int:
     """Both sides' float32 logits of a chunk; then, in the operands' precision, the gradients by the logits of all rows of a kind,
     from which the last products make the gradient of the head in its own precision, a range at a time."""
     columns, hidden = ours.shape
     one_vocabulary = shared == columns == teacher_columns
     single = rows if one_vocabulary else int(SINGLE * rows)
     kinds = [(single, row_size(shared)), (rows - single, row_size(columns))]
+    if not normalised:  # a mean of logits reads no row whole: of a longer unit the first one is read as a single unit's
+        kinds = [(single + int((rows - single) / LONGER), row_size(shared)), (0, row_size(columns))]
     during, after = [], []
     for count, width in kinds:
         tiles, total = count * width * compute.itemsize, 4 * width * hidden if ours.requires_grad else 0

@@ -104,6 +104,7 @@ def estimate(
     offload_teacher: bool = False,
     device_type: str = "cuda",
     objective: str = "simct",
+    score: str = "mean_logprob",
     teacher_top_k: int = 64,
     processes: int = 1,
     shard_student: bool = False,
@@ -125,7 +126,7 @@ def estimate(
         vllm_bytes: what a vLLM on this device takes, that samples in the student's place; 0 for one elsewhere.
         shared_tokens: K, the smaller vocabulary if not given.
         chunk_rows: as `linear_simct_loss`; by device if not given.
-        objective: as `SimCTConfig.objective`.
+        objective, score: as `SimCTConfig`'s.
         teacher_top_k: log-probabilities of each row, of a served teacher.
         processes: of the run, each with a device. shard_student, shard_teacher: they share the model's weights out among them
             (FSDP2; the teacher's head is whole in each), and what is trained of them.
@@ -185,7 +186,7 @@ def estimate(
         shared_rows=shared_rows_bytes(
             teacher, shared_tokens, student.get_output_embeddings().weight.shape[0], objective
         ),
-        loss=loss_bytes(student, teacher, rows, compute, shared_tokens, chunk_rows, device_type, objective),
+        loss=loss_bytes(student, teacher, rows, compute, shared_tokens, chunk_rows, device_type, objective, score),
         teacher_head=teacher_head,
         offload_teacher=offload_teacher,
     )

@@ -19,7 +19,7 @@ from simct.training.metrics import PhaseTimer
 
 
 class Responses:
-    """In an engine's place: responses of so many tokens."""
+    """In an engine's place: responses of so many tokens, from the text of the demo's prompts."""
 
     def __init__(self, student, tokens: int) -> None:
         self.student, self.tokens = student, tokens
@@ -28,9 +28,13 @@ class Responses:
         assert model.device == CUDA
 
     def generate(self, prompts, sampling, *, seed):
+        text = tokenizer(STUDENT)("\n".join(record["prompt"] for record in PROMPTS), add_special_tokens=False)[
+            "input_ids"
+        ]
         draws = torch.Generator().manual_seed(seed)
-        shape = (len(prompts), self.tokens)
-        return [Response(ids, "length") for ids in torch.randint(300, 2000, shape, generator=draws).tolist()]
+        starts = torch.randint(len(text), (len(prompts),), generator=draws).tolist()
+        text = text * (2 + self.tokens // len(text))
+        return [Response(text[start : start + self.tokens], "length") for start in starts]
 
 
 @contextmanager
@@ -98,13 +102,18 @@ def phases_watched(gpu):
         yield SimpleNamespace(held=held, waits=waits)
 
 
-def two_steps(gpu, tmp_path, student, teacher, *, tokens: int, rows: int, peft_config=None, **options):
+def two_steps(gpu, tmp_path, student, teacher, *, tokens: int, rows: int, peft_config=None, copied=False, **options):
     """The trainer after its steps (the second has the optimiser's states), and what was seen. Of the backward pass there are the
-    loss's own part and the gradients' place."""
+    loss's own part and the gradients' place. `copied`: with room for a copy of the student where the run's options want one."""
     options = {"bf16": True, "max_steps": 2, "per_device_train_batch_size": rows, "max_new_tokens": tokens, **options}
-    engine = mock.patch.object(
-        trainer_module, "build_engine", lambda name, student, *_, **__: Responses(student, tokens)
-    )
+
+    def build(name, student, *_, dtype=None, **__):
+        engine = Responses(student, tokens)
+        if copied and dtype is not None:  # in the place of `CopiedStudent`: what has no data cannot be copied deeply
+            engine.copy = [torch.empty_like(parameter, dtype=dtype) for parameter in student.parameters()]
+        return engine
+
+    engine = mock.patch.object(trainer_module, "build_engine", build)
     with engine, launches_left_out(), phases_watched(gpu) as seen:
         trainer = SimCTTrainer(
             student, teacher, config(tmp_path, **options), PROMPTS[: 2 * rows], peft_config=peft_config,

@@ -19,18 +19,31 @@ def model(size, trained: bool):
     return SimpleNamespace(get_output_embeddings=lambda: SimpleNamespace(weight=weight))
 
 
-@pytest.mark.parametrize("rows", [1024, 8192, 16_384, "one vocabulary"])
-def test_a_local_teachers_loss(rows):
+@pytest.mark.parametrize(
+    ("rows", "score"),
+    [
+        (1024, "mean_logprob"),
+        (8192, "mean_logprob"),
+        (16_384, "mean_logprob"),
+        ("one vocabulary", "mean_logprob"),
+        (1024, "mean_logit"),
+        (7178, "mean_logit"),
+        (16_384, "mean_logit"),
+    ],
+)
+def test_a_local_teachers_loss(rows, score):
     if torch.cuda.is_available():
         pytest.skip("a GPU is pretended where there is none")
     case = ONE_VOCABULARY if rows == "one vocabulary" else pair(GEMMA, QWEN, 97_675, rows)
     shared = make_shared(case)
     units = worked_example() if rows == 8192 else make_units(case, shared)
     with launches_left_out():
-        counted = count_linear(case, units, shared)[0].peak
+        counted = count_linear(case, units, shared, score=score)[0].peak
     sides = [(side.vocabulary, side.width) for side in (case.student, case.teacher)]
     student, teacher = (model(size, trained) for size, trained in zip(sides, (True, False), strict=True))
-    told = loss_bytes(student, teacher, len(units.student_tokens), torch.bfloat16, len(shared), None, "cuda", "simct")
+    told = loss_bytes(
+        student, teacher, len(units.student_tokens), torch.bfloat16, len(shared), None, "cuda", "simct", score
+    )
     kept = shared_rows_bytes(teacher, len(shared), case.student.vocabulary, "simct")
     assert told + kept == pytest.approx(counted, rel=0.1)
 
