@@ -15,6 +15,7 @@ from simct import LocalTeacher, TokenizerPair
 from simct.data.prompts import render_prompt
 from simct.demo import ASSETS
 from simct.pairing.padded import PaddedBatch
+from simct.training.placement import processes_that_share
 from simct_kernels import LMHead, linear_simct_loss, token_statistics
 
 
@@ -22,7 +23,7 @@ class SimCTDistillationTrainer(DistillationTrainer):
     def __init__(self, model, teacher: LocalTeacher, args, train_dataset, processing_class) -> None:
         super().__init__(model, None, args, train_dataset, processing_class=processing_class)
         self.teacher, self.pair = teacher, TokenizerPair(processing_class, teacher.tokenizer)
-        teacher.place(self.accelerator.device)
+        teacher.place(self.args.device, mesh=processes_that_share(self) if self.is_fsdp_enabled else None)
         self.shared = self.pair.shared.to(self.accelerator.device)
 
     def _generate_and_score_completions(self, inputs):

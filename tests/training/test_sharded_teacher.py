@@ -49,10 +49,10 @@ def load_model(model, label, **options):
 loading.load_model = load_model
 
 
-def held(teacher):
-    local = [p.to_local() if hasattr(p, "to_local") else p for p in teacher.model.parameters()]
+def held(model):
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in local}
-    return sum(storages.values()) + sum(b.numel() * b.element_size() for b in teacher.model.buffers())
+    return sum(storages.values()) + sum(b.numel() * b.element_size() for b in model.buffers())
 
 
 def run(kind, teacher="untied", records=PROMPTS, **options):
@@ -73,13 +73,14 @@ def run(kind, teacher="untied", records=PROMPTS, **options):
 
     trainer._part_step = part_step
     trainer.train()
+    ours, told = held(trainer.accelerator.unwrap_model(trainer.model)), estimate_of(trainer)
     drawn = [sample.teacher for sample in trainer._drawn]
     return dict(
         drawn=drawn,
         losses=[row["loss"] for row in trainer.state.log_history if "loss" in row],
         before={name: value for name, value in before.items() if "kl" in name}, read=list(read), sharded=sharded,
-        after=trainer.evaluate()["eval_forward_kl_per_byte"], held=held(trainer.teacher),
-        told=estimate_of(trainer).teacher_weights, shared=trainer.teacher.sharded, gradients=gradients,
+        after=trainer.evaluate()["eval_forward_kl_per_byte"], held=held(trainer.teacher.model),
+        told=told.teacher_weights, student=[ours, told.student_weights], shared=trainer.teacher.sharded, gradients=gradients,
     )
 
 
@@ -110,7 +111,8 @@ def estimate_of(trainer):
     """Of one process of two; offloaded shares are in this process's memory all the same, on a CPU."""
     return estimate(
         trainer.accelerator.unwrap_model(trainer.model), trainer.teacher.model, batch_tokens=40, prompt_tokens=30,
-        response_tokens=6, rollouts=4, processes=2, shard_teacher=trainer.teacher.sharded, device_type="cpu",
+        response_tokens=6, rollouts=4, processes=2, shard_teacher=trainer.teacher.sharded,
+        shard_student=trainer.is_fsdp_enabled, device_type="cpu",
     )  # fmt: skip
 
 
@@ -143,7 +145,7 @@ def test_two_processes_share_a_teacher(programs, tmp_path, teachers):
             for figure in "losses", "before", "after":
                 assert case[figure] == pytest.approx(copied[figure], rel=1e-6), (name, figure)
             assert len(case["losses"]) == 2 and case["held"] == case["told"], name
-            assert case["shared"] == ("copied" not in name)
+            assert case["shared"] == ("copied" not in name) and case["student"][0] == case["student"][1]
             # Evaluated before the first step, and sharded by then.
             assert case["sharded"] == name.startswith("fsdp")
             # Its gradients are shares after each micro-batch, never whole in each process.
