@@ -41,14 +41,14 @@ class Offloaded:
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """Inside, the weights are on the device; calls inside of it change nothing."""
-        if not self._depth:
-            if self._stream is not None:  # what is allocated now may still be read by what was there before
-                self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            for piece in self._pieces:
-                piece.fetch(self._stream)
-            self._pieces[0].wait()  # embedding and last norm: no layer's
         self._depth += 1
         try:
+            if self._depth == 1:
+                if self._stream is not None:  # what is allocated now may still be read by what was there before
+                    self._stream.wait_stream(torch.cuda.current_stream(self.device))
+                for piece in self._pieces:
+                    piece.fetch(self._stream)
+                self._pieces[0].wait()  # embedding and last norm: no layer's
             yield
         finally:
             self._depth -= 1

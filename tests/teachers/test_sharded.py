@@ -153,6 +153,27 @@ def test_a_layer_runs_while_those_behind_it_are_copied(gpu, tokenizer, monkeypat
     assert streams.said == [*begun, *(f"main waits for {n}" for n in (1, 2, 3))]
 
 
+def test_nothing_is_left_where_memory_runs_out(gpu, tokenizer, monkeypatch):
+    """Half of the layers are there by then: what tries again, with less, needs their room."""
+    with gpu.fake:
+        model = model_of("untied", len(tokenizer)).to(CUDA)
+    held = Offloaded(model, CUDA)
+    before, fetch, times = gpu.held(), offload.Piece.fetch, []
+
+    def fail(self, stream):
+        times.append(self)
+        if len(times) == 3:
+            raise torch.OutOfMemoryError("no room")
+        fetch(self, stream)
+
+    monkeypatch.setattr(offload.Piece, "fetch", fail)
+    with pytest.raises(torch.OutOfMemoryError), held.on_device():
+        raise AssertionError("it is not there")
+    assert gpu.held() == before and {p.device.type for p in model.parameters()} == {"cpu"}
+    with held.on_device():
+        assert {p.device.type for p in model.parameters()} == {"cuda"}
+
+
 class Runtime:
     """CUDA's, of which memory of this size is registered."""
 
