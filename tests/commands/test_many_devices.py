@@ -112,6 +112,7 @@ def test_the_dry_run_says_which_teacher_fits(name, drop, more, verdicts, folders
         assert "--shard_teacher true" in (found.changes or []) or "--shard_teacher" in said
 
 
+@pytest.mark.slow
 def test_fsdp_is_named_where_it_would_fit(folders, tmp_path):
     found, said = dry_run("eight", folders, tmp_path, drop=("--fsdp",))
     assert not found.fits and "--fsdp true" in found.changes and "It would fit with" in said
