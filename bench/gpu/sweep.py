@@ -32,11 +32,11 @@ TRIED = {
     ],
     "forward": [
         Tile(1, 4096, 8, each=16), Tile(1, 4096, 4, each=16), Tile(1, 1024, 4, each=32), Tile(1, 2048, 4, each=4),
-        Tile(1, 2048, 4, each=64), Tile(1, 2048, 4, each=16, stream=".cg"), Tile(1, 8192, 8, each=16),
+        Tile(1, 2048, 4, each=64), Tile(1, 8192, 8, each=16),
     ],
     "gradient": [
         Tile(1, 4096, 8), Tile(1, 4096, 4), Tile(1, 1024, 4), Tile(1, 2048, 8), Tile(1, 2048, 4, each=4),
-        Tile(1, 2048, 4, stream=".cg"), Tile(1, 1024, 2), Tile(2, 1024, 4), Tile(1, 4096, 8, each=4),
+        Tile(1, 1024, 2), Tile(2, 1024, 4), Tile(1, 4096, 8, each=4),
     ],
 }  # fmt: skip
 

@@ -139,7 +139,6 @@ def divergence(candidates: Candidates, options: LossOptions) -> Units:
             BLOCK=shape.block,
             LANES=tiles.threads(shape, device),
             VECTOR=16 // max(student.side.values.element_size(), teacher.side.values.element_size()),
-            **shape.caching,
             num_warps=shape.warps,
         )
 

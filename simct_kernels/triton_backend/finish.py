@@ -375,7 +375,7 @@ def _continuation(
             term = tl.load(targets + row, mask=mask, other=0.0)
         else:
             column = tl.load(tokens + row, mask=mask, other=0)
-            term = load_logits(values, row_stride, column_stride, bias, scale, softcap, row, column, mask, mask, "", "")
+            term = load_logits(values, row_stride, column_stride, bias, scale, softcap, row, column, mask, mask)
         if LONGER and partial is not None:
             longer = mask & (rows > 1)
             normaliser = _row_logsumexp(partial, row, longer & (step > 0), count, splits)

@@ -63,8 +63,6 @@ def candidate_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,  # threads
     VECTOR: tl.constexpr,  # elements that one reads at a time
-    STREAM: tl.constexpr,  # the cache modifier of what is read once,
-    KEEP: tl.constexpr,  # and the eviction policy of the teacher's logits, whose sectors are read again
 ):
     """A few units' statistics over one split of the shared columns, without the continuation.
 
@@ -98,9 +96,9 @@ def candidate_kernel(
         student_inside, teacher_inside = index < student_bound, index < teacher_bound
         student_columns, teacher_columns = index, index
         if student_ids is not None:
-            student_columns = tl.load(student_ids + index, mask=student_inside, other=0, cache_modifier=STREAM)
+            student_columns = tl.load(student_ids + index, mask=student_inside, other=0)
         if teacher_ids is not None:
-            teacher_columns = tl.load(teacher_ids + index, mask=teacher_inside, other=0, cache_modifier=STREAM)
+            teacher_columns = tl.load(teacher_ids + index, mask=teacher_inside, other=0)
         s = load_logits(
             student,
             student_row_stride,
@@ -112,8 +110,6 @@ def candidate_kernel(
             student_columns,
             mask,
             student_inside,
-            STREAM,
-            "",
         )
         t = load_logits(
             teacher,
@@ -126,8 +122,6 @@ def candidate_kernel(
             teacher_columns,
             mask,
             teacher_inside,
-            "",
-            KEEP,
         )
         keep = (index < size) & mask
         if SUMS:

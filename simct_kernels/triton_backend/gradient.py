@@ -62,8 +62,6 @@ def gradient_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     EACH: tl.constexpr,  # tiles of a split
-    STREAM: tl.constexpr,  # see candidate_kernel
-    KEEP: tl.constexpr,
 ):
     place, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     row = place.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -111,7 +109,7 @@ def gradient_kernel(
         inside_columns = column < width
         is_shared, teacher_column, teacher_inside = column < size, column, column < teacher_bound
         if table is not None:  # one look-up, not two that wait for each other: by shared token, then by column
-            teacher_column = tl.load(table + column, mask=column < table_bound, other=-1, cache_modifier=STREAM)
+            teacher_column = tl.load(table + column, mask=column < table_bound, other=-1)
             is_shared = teacher_column >= 0
             teacher_inside = is_shared
         chosen = first[:, None] & is_shared
@@ -126,8 +124,6 @@ def gradient_kernel(
             column,
             read[:, None],
             inside_columns,
-            STREAM,
-            "",
         )
         t = load_logits(
             teacher,
@@ -140,8 +136,6 @@ def gradient_kernel(
             teacher_column,
             first[:, None],
             teacher_inside,
-            "",
-            KEEP,
         )
         if left_out is not None:
             index = column
@@ -214,6 +208,5 @@ def write_gradient(
         ROWS=shape.rows,
         BLOCK=shape.block,
         EACH=shape.each,
-        **shape.caching,
         num_warps=shape.warps,
     )

@@ -148,7 +148,7 @@ def _logsumexp(
         columns = place
         if listed is not None:
             columns = tl.load(listed + place, mask=inside, other=0)
-        z = load_logits(values, row_stride, column_stride, bias, scale, softcap, row, columns, True, inside, "", "")
+        z = load_logits(values, row_stride, column_stride, bias, scale, softcap, row, columns, True, inside)
         z = tl.where((place >= low) & (place < high), z, -float("inf"))
         m, total = add_exps(m, total, z, LANES, VECTOR)
     m, total = gather_sums(m, total)

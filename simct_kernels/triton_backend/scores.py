@@ -58,13 +58,10 @@ def load_logits(
     columns,
     row_mask,
     column_mask,
-    CACHE: tl.constexpr,  # what a load is to do with the caches, "" for nothing: see Triton's tl.load. No default: Triton 3.6
-    EVICT: tl.constexpr,  # takes one that is a string for a tensor
 ):
     """float32, as Side says; what is masked out reads as if `values` were 0 there."""
     pointers = values + rows * row_stride + columns.to(tl.int64) * column_stride
-    mask = row_mask & column_mask
-    z = tl.load(pointers, mask=mask, other=0.0, cache_modifier=CACHE, eviction_policy=EVICT).to(tl.float32)
+    z = tl.load(pointers, mask=row_mask & column_mask, other=0.0).to(tl.float32)
     return finish_logits(z, bias, scale, softcap, columns, column_mask)
 
 

@@ -35,7 +35,7 @@ def softmax_kernel(
     weight, normaliser = tl.load(by_logsumexp + place), tl.load(logsumexp + place)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    z = load_logits(values, row_stride, column_stride, bias, scale, softcap, row, column, weight != 0, inside, "", "")
+    z = load_logits(values, row_stride, column_stride, bias, scale, softcap, row, column, weight != 0, inside)
     gradient = exp(z - normaliser) * weight
     if scale is not None:
         gradient *= scale
