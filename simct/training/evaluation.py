@@ -227,7 +227,7 @@ class Evaluation:
             chat = ", which has a chat template and is read without it," if unread else ""
             warnings.warn(
                 f"the teacher{chat} gives the end of the turn a probability of {now['teacher_end_probability']:.2g} after the "
-                "student's finished answers: the student will learn not to end (see prompt_format and special_tokens)",
+                "student's finished answers: the student will learn not to end (see prompt_format, special_tokens and stop)",
                 stacklevel=3,
             )
 
