@@ -113,7 +113,7 @@ def test_the_headline_never_waits_and_fits(options):
 @pytest.mark.parametrize(
     "backend,options",
     [(linear_job, {"teacher_mass_floor": 0.1, "beta": 0.5}), (torch_backend.LossJob, {"top_k": 16})],
-    ids=str,
+    ids=["triton", "torch"],
 )
 def test_classes_never_wait_and_take_no_memory(backend, options):
     held = call(HEADLINE, backend=backend, **options)
