@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 from rich.table import Table
+
+from simct.files import replaced
 
 from . import contrasts
 from .arms import ARMS
@@ -95,13 +98,25 @@ def write_markdown(rows: Rows, design: Design, folder: Path) -> None:
         "",
     ]
     lines += [*markdown(["pair", "arm", *(f"{rate:g}" for rate in design.ladder)], _rates(design, rows)), ""]
-    made = sorted(folder.glob("models/*/made_by.json"))
-    students = [(path.parent.name, json.loads(path.read_text())) for path in made]
-    shown = [[name, str(found["steps"]), f"{100 * found['accuracy']:.1f}"] for name, found in students]
-    if shown:
+    models = _models(folder)
+    if models:
         lines += ["## Models", "", "Validation sums right at 0.6 (%), four draws each:", ""]
-        lines += markdown(["model", "steps", "accuracy"], shown)
+        lines += markdown(["model", "steps", "accuracy"], models)
     (folder / "tables.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _models(folder: Path) -> list[list[str]]:
+    """Name, steps and accuracy of each; they are kept in models.csv, where the models themselves are not."""
+    path, made = folder / "models.csv", sorted(folder.glob("models/*/made_by.json"))
+    if made:
+        found = [(file.parent.name, json.loads(file.read_text())) for file in made]
+        with replaced(path, newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([name, one["steps"], f"{100 * one['accuracy']:.1f}"] for name, one in found)
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
 
 
 def _rates(design: Design, rows: Rows) -> list[list[str]]:

@@ -2,10 +2,11 @@
 
 import csv
 import math
-import os
+import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.quality import contrasts, gradients
+from bench.quality import __main__ as study_command
+from bench.quality import contrasts, gradients, processes
 from bench.quality.arms import ARMS, CORE, LADDER
 from bench.quality.means import mean_with_error
 from bench.quality.results import Results
@@ -254,17 +256,36 @@ def test_extensions_are_longer_and_begin_alike():
     assert sorted(found.of(b"a").tolist()) == [1, 3, 5] and found.of(b"abc").tolist() == [] == found.of(b"z").tolist()
 
 
-def test_quick_study(tmp_path):
-    command = [sys.executable, "-m", "bench.quality", "--quick", "--output", str(tmp_path), "--workers", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = Results(tmp_path)
+def check_quick(folder):
+    found = Results(folder)
     assert {row["arm"] for row in found.rows} == {"none", "strict", "simct", "sft"}
     assert all(float(row["forward_kl_per_byte"]) > 0 for row in found.rows)
-    tables = (tmp_path / "tables.md").read_text()
+    tables = (folder / "tables.md").read_text()
     assert "SimCT (paper) − strict: 1:1 units" in tables and "| SimCT (paper) | 2 | 0.0003 |" in tables
+    assert tables.count("| nested-") == 3, "the models, of which only models.csv is kept"
     for name in "rates", "curves":
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    again = subprocess.run([*command, "--show"], env=environment, cwd=REPOSITORY, capture_output=True, text=True)
-    assert again.returncode == 0 and (tmp_path / "tables.md").read_text() == tables
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quick_study(tmp_path, texts, monkeypatch):
+    """In this process; that of `test_the_command` has others."""
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(study_command, "make_texts", lambda **_: texts)
+    command = ["--quick", "--output", str(tmp_path), "--workers", "1"]
+    study_command.main(command)
+    check_quick(tmp_path)
+    tables = (tmp_path / "tables.md").read_text()
+    shutil.rmtree(tmp_path / "models")
+    (tmp_path / "tables.md").unlink()
+    study_command.main([*command, "--show"])
+    assert (tmp_path / "tables.md").read_text() == tables
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    command = [sys.executable, "-m", "bench.quality", "--quick", "--output", str(tmp_path), "--workers", "1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_quick(tmp_path)
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert again.returncode == 0 and ": " not in again.stdout.split("nested: test prompts")[0], "nothing is run again"
