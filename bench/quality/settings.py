@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, get_constant_schedule_with_warmup
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+)
 
-from simct.demo.make_models import batches, train
+from simct.demo.make_models import batches
 from simct.files import write_json
 from simct.rollouts.protocol import Sampling
 
@@ -55,15 +63,18 @@ class Spelling:
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama of this size, trained for at most so many steps of 32 documents; `until`: it stops where it gets that share of
-    validation sums right (a student, whose seeds then begin alike). `tuned`: steps on sums alone afterwards, at most, until it gets
-    nine of ten right (the teacher)."""
+    """A Llama of this size, trained for `steps` steps of 32 documents.
+
+    A student stops where it gets the share `until` of validation sums right, so that its seeds begin alike. A teacher goes on: at
+    most `tuned` steps on sums alone, until it gets nine of ten right, which cost it its prose, and `settled` steps on all again.
+    """
 
     width: int
     layers: int
     steps: int
     until: float | None = None
     tuned: int = 0
+    settled: int = 0
 
 
 TEACHER = Spelling(1024)
@@ -75,8 +86,8 @@ STUDENTS = {
     "fine": Spelling(384),
     "trailing": Spelling(768, space="after"),
 }
-SIZES = {"teacher": Size(128, 3, 1500, tuned=1000), "student": Size(96, 2, 2500, until=0.4)}
-QUICK_SIZES = {"teacher": Size(48, 1, 40), "student": Size(32, 1, 20, until=0.4)}
+SIZES = {"teacher": Size(128, 3, 1500, tuned=1000, settled=500), "student": Size(96, 2, 2500, until=0.4)}
+QUICK_SIZES = {"teacher": Size(48, 1, 40, tuned=2, settled=2), "student": Size(32, 1, 20, until=0.4)}
 RATE, GOOD = 2e-3, 0.9
 AVERAGED = 0.98  # of the weights' moving average, which is what a student keeps: a run's end without its schedule
 CHECKED = 100  # steps
@@ -101,33 +112,47 @@ def make_model(folder: Path, spelling: Spelling, size: Size, texts: Texts, seed:
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    if size.until is None:
-        model, steps = train(config, tokenizer, texts.documents, steps=size.steps, seed=seed), size.steps
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).float()
+    sums = [document for document in texts.documents if answer(document) is not None]
+
+    def good_enough(share: float):
+        return lambda found: sampled_accuracy(found, tokenizer, texts.validation[:128]) >= share
+
+    if size.until is not None:
+        model, steps = learn(model, tokenizer, texts.documents, size.steps, seed, RATE, good_enough(size.until))
     else:
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config).float()
-        model, steps = learn_until(size.until, model, tokenizer, texts.documents, texts, size.steps, seed)
-    if size.tuned:
-        sums = [document for document in texts.documents if answer(document) is not None]
-        model, more = learn_until(GOOD, model, tokenizer, sums, texts, size.tuned, seed, RATE / 2)
-        steps += more
+        model, steps = learn(model, tokenizer, texts.documents, size.steps, seed, RATE)
+        model, more = learn(model, tokenizer, sums, size.tuned, seed, RATE / 2, good_enough(GOOD))
+        model, last = learn(model, tokenizer, texts.documents, size.settled, seed + 1, RATE / 2)
+        steps += more + last
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     found = {"steps": steps, "accuracy": sampled_accuracy(model, tokenizer, texts.validation, draws=4)}
     write_json(folder / "made_by.json", {"made_by": _made_by(spelling, size, texts, seed), **found})
 
 
-def learn_until(
-    share: float, model, tokenizer, documents: list[str], texts: Texts, most: int, seed: int, rate: float = RATE
-):
-    """A language model of the documents, as `train` makes one, but stopped by the share of validation sums that it gets right.
-    Returns it and its steps.
+def learn(
+    model,
+    tokenizer,
+    documents: list[str],
+    most: int,
+    seed: int,
+    rate: float,
+    until: Callable[[Any], bool] | None = None,
+) -> tuple[Any, int]:
+    """A language model of the documents: the moving average of `model`'s weights on the way, and its steps.
 
-    The rate stays constant, since the end is not known, and the model is the moving average of the weights on the way.
+    The rate falls to 0 within `most` steps; with `until`, which is asked of the average every CHECKED steps, the end is not known,
+    and it stays.
     """
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED))
+    average = AveragedModel(model.train(), multi_avg_fn=get_ema_multi_avg_fn(AVERAGED))
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1, betas=(0.9, 0.95))
-    schedule = get_constant_schedule_with_warmup(optimizer, CHECKED)
+    if until is None:
+        schedule = get_cosine_schedule_with_warmup(optimizer, most // 20 + 1, most)
+    else:
+        schedule = get_constant_schedule_with_warmup(optimizer, CHECKED)
+    step = 0
     for step, (ids, labels) in enumerate(batches(tokenizer, documents, most, seed), 1):
         model(input_ids=ids, attention_mask=(labels != -100).long(), labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -135,7 +160,7 @@ def learn_until(
         schedule.step()
         optimizer.zero_grad()
         average.update_parameters(model)
-        if step % CHECKED == 0 and sampled_accuracy(average.module, tokenizer, texts.validation[:128]) >= share:
+        if until is not None and step % CHECKED == 0 and until(average.module.eval()):
             break
     return average.module, step
 

@@ -201,7 +201,7 @@ def tiny(tmp_path_factory, texts):
     """A teacher, a student that writes digits one by one, and the teacher's samples."""
     folder = tmp_path_factory.mktemp("models")
     made = {
-        "teacher": (TEACHER, Size(32, 1, 2, tuned=1), 0),
+        "teacher": (TEACHER, Size(32, 1, 2, tuned=1, settled=1), 0),
         "digits": (STUDENTS["digits"], Size(32, 1, 1, until=0.4), 2),
     }
     for name, (spelling, size, seed) in made.items():
