@@ -35,7 +35,8 @@ class Judge:
     Args:
         trainer: a `SimCTTrainer`; the student is judged as it is when the judge is called.
         records: prompts; sums have `answer` and `solution`.
-        texts: records with `prompt` and `completion`, the teacher's samples at temperature 1.
+        texts: records with `prompt`, `completion` and `logprob`: the teacher's samples at temperature 1, and its log p of the
+            tokens that it drew (of a text as it would spell it, it may be far less). A text that does not fit a response has no KL.
     """
 
     def __init__(self, trainer, records: list[dict], texts: list[dict]) -> None:
@@ -43,11 +44,11 @@ class Judge:
         self.sums = [record for record in records if "answer" in record]
         self.solutions = trainer.answers([{**record, "completion": record["solution"]} for record in self.sums])
         self.texts = trainer.answers(texts)
-        with _judged(trainer):
-            rows, _ = score(trainer, self.texts)
-            ours = student_sums(trainer, self.texts)
-        self.bytes = [row.bytes for row in rows]
-        self.teacher = [own - row.ratio for own, row in zip(ours, rows, strict=True)]  # its log p, once for all calls
+        self.bytes = [
+            len(text["completion"].encode()) + 1 if response.finish_reason == "stop" else 0
+            for text, response in zip(texts, self.texts.responses, strict=True)
+        ]
+        self.teacher = [text["logprob"] for text in texts]
 
     @torch.no_grad()
     def __call__(self, scope: Scope) -> dict[str, float]:
@@ -61,7 +62,8 @@ class Judge:
             drawn = trainer.draw(self.records) if scope.whole else Samples()
             reverse = score(trainer, drawn)[0] if scope.whole else []
         forward = [(t - o, size) for t, o, size in zip(self.teacher, ours, self.bytes, strict=False) if size]
-        _put(found, "forward_kl_per_byte", ratio_with_standard_error(*zip(*forward, strict=True)))
+        kl = ratio_with_standard_error([ratio for ratio, _ in forward], [size for _, size in forward])
+        _put(found, "forward_kl_per_byte", kl)
         _put(found, "accuracy", mean_with_error([sum(own) / len(own) for own in right]))
         _put(found, "sums_ended", mean_with_error([sum(own) / len(own) for own in ended]))
         _put(found, "logp_solution", mean_with_error(solved))

@@ -50,7 +50,7 @@ class Plan:
 @dataclass(frozen=True)
 class Data:
     """`train`, `held_out`: records to sample from and to be judged on. `teacher_train`, `teacher_held_out`: the teacher's samples
-    at temperature 1, records with `prompt` and `completion`."""
+    at temperature 1, records with `prompt`, `completion` and `logprob`."""
 
     train: list[dict]
     held_out: list[dict]

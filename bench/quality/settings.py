@@ -176,8 +176,8 @@ def sampled_accuracy(model, tokenizer, sums: list[dict], draws: int = 2, tokens:
 
 
 def draw_teacher(folder: Path, texts: Texts, responses: int, tokens: int) -> dict[str, list[dict]]:
-    """The teacher's samples at temperature 1, as records with `prompt` and `completion`: `train`, so many of the training prompts
-    in turn, and `validation` and `test`, one of each prompt.
+    """The teacher's samples at temperature 1, as records with `prompt`, `completion` and its `logprob`: `train`, so many of the
+    training prompts in turn, and `validation` and `test`, one of each prompt.
 
     Args:
         tokens: of one sample, at most; more than a student's response may have, so that what does not end here is cut there.
@@ -195,5 +195,8 @@ def draw_teacher(folder: Path, texts: Texts, responses: int, tokens: int) -> dic
         prompts = tokenizer([record["prompt"] for record in records])["input_ids"]
         drawn = sampler.generate(prompts, Sampling((end,), end, tokens), seed=number)
         written = tokenizer.batch_decode([r.token_ids for r in drawn], skip_special_tokens=True)
-        found[name] = [{"prompt": r["prompt"], "completion": text} for r, text in zip(records, written, strict=True)]
+        found[name] = [
+            {"prompt": record["prompt"], "completion": text, "logprob": sum(response.logprobs)}
+            for record, text, response in zip(records, written, drawn, strict=True)
+        ]
     return found

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.quality import __main__ as study_command
 from bench.quality import contrasts, gradients, processes
 from bench.quality.arms import ARMS, CORE, LADDER
+from bench.quality.judges import Judge, Scope, student_sums
 from bench.quality.means import mean_with_error
 from bench.quality.results import Results
 from bench.quality.runs import Data, Key, run
@@ -26,7 +27,7 @@ from bench.quality.settings import STUDENTS, TEACHER, Size, draw_teacher, is_mad
 from bench.quality.study import QUICK, Design, rates, tasks
 from bench.quality.texts import answer, make_sum, make_texts
 from bench.record import REPOSITORY
-from simct import SimCTConfig, TokenizerPair
+from simct import SimCTConfig, SimCTTrainer, TokenizerPair
 from simct.demo import ASSETS
 from simct.rollouts.protocol import Sampling
 
@@ -216,6 +217,18 @@ def tiny(tmp_path_factory, texts):
 SMALL = replace(QUICK.test, steps=2, every=1)
 
 
+def test_the_forward_kl_is_of_the_tokens_that_the_teacher_drew(tiny, tmp_path):
+    folder, data = tiny
+    texts = [{"prompt": record["prompt"], "completion": "1+1=2", "logprob": -3.5} for record in data.held_out[:3]]
+    texts.append({"prompt": "1+1\n", "completion": "a text that no response holds " * 9, "logprob": -1.0})
+    config = SimCTConfig(str(tmp_path), use_cpu=True, prompt_format="text", max_new_tokens=16, report_to=[])
+    trainer = SimCTTrainer(str(folder / "digits"), str(folder / "teacher"), config, data.train)
+    judge = Judge(trainer, data.held_out[:2], texts)
+    found = judge(Scope(sums=2, draws=1, texts=4))
+    ours = student_sums(trainer, trainer.answers(texts[:3]))
+    assert found["forward_kl_per_byte"] == pytest.approx((3 * -3.5 - sum(ours)) / (3 * 6), rel=1e-5)
+
+
 @pytest.mark.parametrize("arm", ["strict-top16", "kd", "sft"])
 def test_a_run_is_repeatable_and_is_not_run_again(tmp_path, tiny, arm):
     folder, data = tiny
@@ -224,7 +237,7 @@ def test_a_run_is_repeatable_and_is_not_run_again(tmp_path, tiny, arm):
     for rows in first, again:
         assert rows[0].pop("seconds") > rows[0].pop("train_seconds") > 0
     assert repr(first) == repr(again) and [r.get("step") for r in first] == [None, 0, 1, 2]
-    assert first[1]["forward_kl_per_byte"] != first[3]["forward_kl_per_byte"], "it learned something"
+    assert first[1]["logp_solution"] != first[3]["logp_solution"], "it learned something"
     results = Results(tmp_path)
     assert not results.has(key)
     results.add(first)
@@ -259,7 +272,11 @@ def test_extensions_are_longer_and_begin_alike():
 def check_quick(folder):
     found = Results(folder)
     assert {row["arm"] for row in found.rows} == {"none", "strict", "simct", "sft"}
-    assert all(float(row["forward_kl_per_byte"]) > 0 for row in found.rows)
+    assert all(
+        float(row["logp_solution"]) < 0 and float(row["reverse_kl_per_byte"]) == float(row["reverse_kl_per_byte"])
+        for row in found.rows
+        if row["split"] == "test"
+    )
     tables = (folder / "tables.md").read_text()
     assert "SimCT (paper) − strict: 1:1 units" in tables and "| SimCT (paper) | 2 | 0.0003 |" in tables
     assert tables.count("| nested-") == 3, "the models, of which only models.csv is kept"
