@@ -1,4 +1,7 @@
-"""Every kernel compiles for every GPU of the table, none of which needs to be here, and stays within its means."""
+"""Every kernel compiles for every GPU of the table, none of which needs to be here, and stays within its means.
+
+A minute of a core for each GPU, so all of it is slow.
+"""
 
 import json
 import os
@@ -14,12 +17,7 @@ WIDE |= {"pick_kernel", "hidden_gradient_kernel", "weight_gradient_kernel", "joi
 NARROW = {"finish_kernel", "mixture_kernel", "small_kernel"}
 
 
-QUICK = "90"  # a minute of a core each: the other three are `slow`
-
-
-@pytest.fixture(
-    scope="module", params=[pytest.param(arch, marks=() if arch == QUICK else pytest.mark.slow) for arch in ARCHS]
-)
+@pytest.fixture(scope="module", params=[pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS])
 def report(request):
     """In a process of its own: this one has the interpreter in the compiler's place."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
