@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=1, help="in which methods take turns (%(default)s)")
     options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is to be fetched
     device, console = options.device, Console(width=None if sys.stdout.isatty() else 160)
     name = device_name(torch.device(device))

@@ -89,8 +89,8 @@ def linear_simct_loss(
         score: a continuation's score. "mean_logprob" is the paper's, "sum_logprob" its log-probability; "mean_logit"
             takes raw logits, for it and for the shared candidates, and equals the first only if normalisers agree.
         candidates: "paper", or "disjoint" to leave `units.left_out` out of the units with a continuation.
-        top_k: keep of a unit's shared candidates only the student's k most probable, without gradient through the
-            choice; the continuation always stays.
+        top_k: keep of a unit's shared candidates, classes among them, only the student's k most probable, without gradient
+            through the choice; the continuation always stays.
         teacher_mass_floor: a unit where the teacher's probability of all candidates is below it has no loss and no
             gradient.
         reduction: "sum", "mean" over units, or "none" for [G].
@@ -148,7 +148,8 @@ def topk_simct_loss(
 
     A unit's candidates are the shared tokens among the teacher's k best at the unit's first row and, where there is
     one, the continuation, whose score is the mean (or sum) of the teacher's log-probabilities of its own tokens. A
-    single unit's own token is a candidate only if it is among the k. A unit without a candidate has loss 0 and no
+    single unit's own token is a candidate only if it is among the k. Of a class the teacher's side is the sum of those of its
+    ids that are among the k, the student's of all. A unit without a candidate has loss 0 and no
     gradient, like one with a single candidate: `topk_candidate_counts` tells which. With k = V_t this is
     `linear_simct_loss`, which see for what is not said here.
 
@@ -205,7 +206,8 @@ def topk_candidate_counts(
     """int64 [G]: how many candidates each unit has in `topk_simct_loss`, the continuation included, before its `top_k`.
 
     A unit with 0 has none of the teacher's k best to learn from; with 1 its softmaxes are certain on both sides. In
-    both cases its loss is 0: `(counts < 2).sum()` are the units that teach nothing. A token of log-probability NaN counts.
+    both cases its loss is 0: `(counts < 2).sum()` are the units that teach nothing. A class is one candidate. A token of
+    log-probability NaN counts.
     Errors are as in `topk_simct_loss`.
     """
     options = LossOptions(candidates=candidates)

@@ -91,7 +91,8 @@ def take_classes(
     size: int,  # K
     count: int,  # C
 ) -> tuple[Tensor, Tensor]:
-    """The gradient by the classes [g, C], out of that by some candidates; and the columns, any shared one for a class."""
+    """The gradient by the classes [g, C], out of that by some candidates; and the columns, K - 1 for a class: one may come twice
+    then, once with a gradient of 0."""
     is_class = columns >= size
     by_class = by_column.new_zeros(len(columns), count)
     by_class.scatter_add_(1, (columns - size).clamp_(min=0), by_column.masked_fill(~is_class, 0))

@@ -172,7 +172,8 @@ class LossJob(Steps):
         # Under autocast float32 products would be rounded to 16 bits.
         with torch.no_grad(), torch.autocast(student_input.device.type, enabled=False):
             student.expect([chunk.student for chunk in chunks])
-            teacher.expect([chunk.teacher for chunk in chunks])
+            # What is picked is no read of shared columns.
+            teacher.expect([chunk.teacher for chunk in chunks if chunk.teacher.whole or not picks])
             for chunk in chunks:
                 weights = None if unit_weights is None else unit_weights[chunk.units]
                 losses[chunk.units] = self._run_chunk(chunk, student, teacher, picks, any(needs_grad), weights)
@@ -193,7 +194,9 @@ class LossJob(Steps):
             chosen = every.topk(options.top_k, sorted=False).indices  # [g, k]
             s = every.gather(1, chosen)
         teacher_scores = self.candidate_scores(teacher, chunk.teacher, chunk, options, chosen if picks else None)
-        teacher_scores = replace(teacher_scores, logits=None)  # the largest tensor, read by now
+        teacher_scores = replace(
+            teacher_scores, logits=None
+        )  # the largest tensor, read by now (on a CPU the next read's place)
         t = leave_out(teacher_scores.shared, chunk, chosen if picks else None)
         if chosen is not None and not picks:
             t = gather(t, teacher_scores.classes, chosen, size)

@@ -128,7 +128,7 @@ def plan_chunks(
     sizes = (shared_width, student_columns, teacher_columns)
     key = (options, *sizes, chunk_rows, student_always_whole, teacher_always_whole, merges, _elements(device))
     candidates = shared.student_ids, shared.teacher_ids, shared.student_classes, shared.teacher_classes
-    sources = (*(getattr(units, name) for name in _UNIT_FIELDS), *candidates)
+    sources = sources_of(units, *(getattr(units, name) for name in _UNIT_FIELDS), *candidates)
     kept = _KEPT.get(units.student_start)
     if kept is not None and kept[0] == key and all(a is b for a, b in zip(kept[1], sources, strict=True)):
         return kept[2]
@@ -175,6 +175,12 @@ def plan_chunks(
         chunks.append(Chunk(read(members[number]), bool(code & 4), student, teacher, listed))
     _KEPT[units.student_start] = key, sources, chunks
     return chunks
+
+
+def sources_of(units: AlignedUnits, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What is kept besides under `units.student_start`, to be compared. None for that tensor itself: an entry that held its own key
+    would never go."""
+    return tuple(None if tensor is units.student_start else tensor for tensor in tensors)
 
 
 _SIDES, _SIDE_FIELDS = ("student", "teacher"), ("start", "length", "tokens")

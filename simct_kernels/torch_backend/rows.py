@@ -52,7 +52,8 @@ class Rows(Protocol):
     def add_whole(self, rows: Tensor, gradient: Tensor) -> None: ...
     def add_pick(self, rows: Tensor, ids: Tensor, gradient: Tensor) -> None: ...
     def add_pick_same(self, rows: Tensor, ids: Tensor, gradient: Tensor) -> None: ...
-    def expect(self, parts: list[Part]) -> None: ...  # what the chunks will read, in order
+    # What the chunks will read, in order. After it a read of `shared` or `whole` may write over the one before it.
+    def expect(self, parts: list[Part]) -> None: ...
 
 
 class LogitRows:
@@ -100,7 +101,8 @@ class LogitRows:
         self.gradient[rows] += gradient.to(self.gradient.dtype)
 
     def add_pick(self, rows: Tensor, ids: Tensor, gradient: Tensor) -> None:
-        self.gradient[rows[:, None], ids] += gradient.to(self.gradient.dtype)
+        # A class stands for some shared id with a gradient of 0 (see `take_classes`), which may be among the others: added up.
+        self.gradient.index_put_((rows[:, None], ids), gradient.to(self.gradient.dtype), accumulate=True)
 
     add_pick_same = add_pick
 

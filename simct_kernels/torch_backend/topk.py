@@ -134,7 +134,8 @@ class Job(Steps):
             token_logprobs = teacher_token_logprobs.to(self.dtype)
             logprobs = self.teacher_topk_logprobs.to(self.dtype)
             candidates = shared_candidates(self.teacher_topk_ids, logprobs, self.units, self.shared, self.options)
-            student.expect([chunk.student for chunk in chunks])
+            # What is picked is no read of shared columns.
+            student.expect([chunk.student for chunk in chunks if chunk.student.whole or not picks])
             for chunk in chunks:
                 weights = None if unit_weights is None else unit_weights[chunk.units]
                 losses[chunk.units] = self._run_chunk(

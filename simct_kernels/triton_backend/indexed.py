@@ -319,7 +319,9 @@ class IndexedRows(LinearRows):
             each = ids.expand(len(rows), -1)
             add_hidden_gradient(self.hidden_gradient, gradient, rows, self.head.weight.detach(), each)
         if self._needs_weight:
-            made = gradient.T @ self.hidden[rows].to(self.dtype)
+            # A row without a gradient is not read: what lies there cannot spread.
+            hidden = self.hidden[rows].to(self.dtype).masked_fill_((gradient == 0).all(dim=1, keepdim=True), 0)
+            made = gradient.T @ hidden
             self._class_weight = made if self._class_weight is None else self._class_weight.add_(made)
         if self.bias_gradient is not None:
             self.bias_gradient[ids] += gradient.sum(0)

@@ -3,7 +3,7 @@
 Which unit a row belongs to, and which units have a continuation, is found on the CPU and copied once: the same in PyTorch on the
 device took 70 launches, half of the call's time at one vocabulary. No call waits, but the first one of units that were made there.
 
-Autograd keeps what the forward found out about the units, six numbers each, so that the backward reads each logit once.
+Autograd keeps what the forward found out about the units, a few numbers each, so that the backward reads each logit once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from simct_kernels.host import on_host
 from simct_kernels.inputs import AlignedUnits, SharedVocabulary
 from simct_kernels.options import LossOptions
 from simct_kernels.torch_backend.classes import Classes
-from simct_kernels.torch_backend.plan import Packed, has_continuation
+from simct_kernels.torch_backend.plan import Packed, has_continuation, sources_of
 from simct_kernels.triton_backend.candidates import Candidates, UnitRows, Units, divergence
 from simct_kernels.triton_backend.columns import columns_of, tables
 from simct_kernels.triton_backend.gradient import write_gradient
@@ -120,7 +120,7 @@ class _Place:
 def _place_of(units: AlignedUnits, shared: SharedVocabulary) -> _Place:
     kept = _KEPT.get(units.student_start)
     candidates = shared.student_ids, shared.teacher_ids, shared.student_classes, shared.teacher_classes
-    sources = (*(getattr(units, name) for name in _FIELDS[1:]), *candidates)
+    sources = sources_of(units, *(getattr(units, name) for name in _FIELDS[1:]), *candidates)
     if kept is not None and all(a is b for a, b in zip(kept[0], sources, strict=True)):
         return kept[1]
     host = {name: on_host(getattr(units, name)) for name in _FIELDS}

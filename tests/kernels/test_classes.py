@@ -140,6 +140,28 @@ def test_logits_agree_with_oracle(options, dtype, tolerance):
         assert relative_error(student.grad, exact.grad) < tolerance
 
 
+def both_chosen() -> Problem:
+    """A class and the last shared token, which stands for it in picked columns, are the student's two best everywhere."""
+    problem = with_classes(make_problem(FEW, dtype=torch.float32), (2, 3))
+    bias = problem.student_head.bias.detach().clone()
+    bias[problem.shared.student_classes[:, 1]] += 20
+    bias[problem.shared.student_ids[-1]] += 20
+    return dataclasses.replace(
+        problem, student_head=dataclasses.replace(problem.student_head, bias=bias.requires_grad_())
+    )
+
+
+def test_a_class_and_the_last_shared_token_are_both_chosen():
+    student, teacher, *rest = both_chosen().logits()
+    exact = student.detach().double().requires_grad_()
+    simct_loss(exact, teacher.double(), *rest, backend="reference", top_k=2).backward()
+    units, shared = rest
+    assert exact.grad[units.student_start, shared.student_ids[-1]].all()
+    simct_loss(student, teacher, *rest, backend="torch", top_k=2).backward()
+    assert relative_error(student.grad, exact.grad) < 1e-5
+    assert_agrees(both_chosen(), 1e-5, top_k=2)
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("score", ["mean_logprob", "mean_logit"])
 def test_the_mass_counts_every_id_of_a_class(side, score):

@@ -1,10 +1,13 @@
 """The PyTorch backend, judged by the oracle in float64."""
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor
 
 from simct_kernels import AlignedUnits, LMHead, SharedVocabulary, linear_simct_loss, simct_loss
+from simct_kernels.torch_backend import plan
 from simct_kernels.torch_backend import rows as backend_rows
 
 from .cases import MIXED, Problem, in_pairs, make_problem, relative_error
@@ -289,3 +292,20 @@ def test_products_in_float16_keep_small_gradients(monkeypatch, size):
     assert relative_error(hidden[:5], expected.detach()) < 1e-3
     expected = gradient.double().T @ problem.student_hidden[:5].double()
     assert relative_error(weight[ids], expected.detach()) < 1e-3
+
+
+def test_what_is_kept_of_units_goes_with_them():
+    """Also where one tensor is several of their fields, as with one vocabulary."""
+    shared = SharedVocabulary(torch.arange(5), torch.arange(5))
+
+    def call() -> None:
+        start, one = torch.arange(3), torch.ones(3, dtype=torch.int64)
+        units = AlignedUnits(start, one, start, one, start, start)
+        simct_loss(torch.zeros(3, 5), torch.zeros(3, 5), units, shared, backend="torch")
+
+    call()
+    gc.collect()
+    before = len(plan._KEPT)
+    call()
+    gc.collect()
+    assert len(plan._KEPT) == before

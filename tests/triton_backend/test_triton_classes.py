@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from kernels.cases import FEW, make_problem, make_units, relative_error, slow, with_classes
-from kernels.test_classes import paired, rows
+from kernels.test_classes import both_chosen, paired, rows
 from kernels.test_topk import serve
 from test_triton_losses import CAPPED, assert_linear_agrees, assert_logits_agree, name, run_linear, run_logits
 from test_triton_sparse import assert_served_agrees, on_triton  # noqa: F401
@@ -51,6 +51,10 @@ def test_16_bits(dtype):
 def test_top_k(options):
     assert_linear_agrees(problem(ONE, **CAPPED), 1e-5, ("sum",), **options)
     assert_logits_agree(problem(TWO), 1e-5, **options)
+
+
+def test_a_class_and_the_last_shared_token_are_both_chosen():
+    assert_logits_agree(both_chosen(), 1e-5, top_k=2)
 
 
 @pytest.mark.parametrize("k,options", [(9, {}), *slow((61, {"top_k": 2, "beta": 0.0}))], ids=name)
