@@ -222,7 +222,10 @@ def test_arms_are_compared_problem_by_problem(tmp_path):
     assert show.band(rows.read(tmp_path / "study.jsonl")[-3:]) == ([0], [0.4], [0.45], [0.5])
 
 
-def rehearsed(folder, command, own):
+@pytest.mark.slow
+def test_rehearsal(tmp_path, qwen, deepseek):
+    folder = tmp_path
+    command = ["bench.quality.real", "--output", str(folder), "--rehearse"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment |= {"OUT": str(folder), "PYTHONPATH": str(rows.REPOSITORY)}
     done = subprocess.run(
@@ -233,23 +236,11 @@ def rehearsed(folder, command, own):
     found = rows.read(folder / "study.jsonl")
     assert [row for row in found if row["what"] == "error"] == [], [p.read_text() for p in folder.glob("*log.txt")]
     arms = Counter(row["arm"] for row in found if row["what"] == "judged")
-    assert arms == dict.fromkeys(("none", *own), 1)
+    assert arms == dict.fromkeys(("none", *plan.ARMS), 1)
     assert {row["step"] for row in found if row["what"] == "curve"} == {0, 1, 2}
     assert {row["step"] for row in found if row["what"] == "judged"} == {0, 2}
     assert 60_000 < next(row["shared"] for row in found if "shared" in row) < 120_000
     logs = [row for row in found if row["what"] == "log"]
-    assert all(float(row["loss"]) > 0 for row in logs) and {row["arm"] for row in logs} == set(own)
+    assert all(float(row["loss"]) > 0 for row in logs) and {row["arm"] for row in logs} == set(plan.ARMS)
     assert len(list(folder.iterdir())) <= 8 and (folder / show.PICTURE).is_file()
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_rehearsal(tmp_path, qwen, deepseek):
-    text = rehearsed(tmp_path, ["bench.quality.real", "--output", str(tmp_path), "--rehearse"], plan.ARMS)
-    assert "qwen<-deepseek: each seed's value" in text
-
-
-@pytest.mark.slow
-def test_rehearsal_as_a_step_of_the_gpu_run(tmp_path, qwen, deepseek):
-    text = rehearsed(tmp_path, ["bench.gpu", "--steps", "", "--study", "--rehearse"], ("sft", "simct"))
-    assert "== study: done" in text and "qwen<-deepseek: each seed's value" in text
+    assert "qwen<-deepseek: each seed's value" in done.stdout
