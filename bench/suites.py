@@ -17,6 +17,7 @@ ONE_VOCABULARY = (
     "materialised",
     "materialised, compiled",
     "cut cross-entropy, student's head only",
+    "torch's linear cross-entropy, student's head only",
 )
 GOLD = ("ours", "ours with alignment", "TRL GOLD ULDLoss, hybrid", "TRL GOLD ULDLoss", "materialised")
 SERVED = ("ours", "log-sum-exp of the student alone")

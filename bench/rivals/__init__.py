@@ -44,7 +44,7 @@ def only(*forms: str) -> Callable[[Case, str], str | None]:
 
 
 def methods() -> dict[str, Method]:
-    from . import cce, compiled, gold_uld, liger_jsd, logsumexp, loop, materialised, ours, trl_divergence
+    from . import cce, compiled, gold_uld, liger_jsd, logsumexp, loop, materialised, ours, torch_lce, trl_divergence
 
-    families = (ours, materialised, compiled, loop, trl_divergence, liger_jsd, gold_uld, cce, logsumexp)
+    families = (ours, materialised, compiled, loop, trl_divergence, liger_jsd, gold_uld, cce, torch_lce, logsumexp)
     return {method.name: method for family in families for method in family.METHODS}
