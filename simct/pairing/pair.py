@@ -238,7 +238,7 @@ class TokenizerPair:
 
     def _share(self, mapped: dict[int, int]) -> SharedVocabulary:
         student, teacher = self._student.by_bytes(), self._teacher.by_bytes()
-        taken, classes = set(mapped.values()), {}
+        taken, classes = set(mapped.values()), dict[str, torch.Tensor]()
         if self.stop == "class":
             mapped, classes = end_class(mapped, *self.stop_ids)
         pairs = {i: teacher[piece] for piece, i in student.items() if piece in teacher and teacher[piece] not in taken}

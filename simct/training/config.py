@@ -57,7 +57,7 @@ def mapping(name: str, value, otherwise: str = ""):
 
 
 @dataclass
-class SimCTConfig(SimCTOptions, TrainingArguments):
+class SimCTConfig(SimCTOptions, TrainingArguments):  # type: ignore[misc]  # bf16 may be None here until it is chosen
     """Arguments of `SimCTTrainer`. Defaults of the method follow the paper (arXiv 2605.07711, Table 4).
 
     An optimiser step reads `per_device_train_batch_size * gradient_accumulation_steps` prompts per process and samples

@@ -18,6 +18,8 @@ from pathlib import Path
 
 os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
+sys.path.append(str(Path(__file__).parents[1]))  # pytest's pythonpath
+
 import safetensors.torch
 import torch
 from safetensors.torch import load_file
