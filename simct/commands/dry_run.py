@@ -111,6 +111,7 @@ def describe(
         *tokenizers,
         config.special_tokens,
         alignment=config.alignment,
+        stop=config.stop,
         student_generation_config=generation[0],
         teacher_generation_config=generation[1],
         student_vocabulary_size=student.get_output_embeddings().weight.shape[0],

@@ -63,16 +63,22 @@ AttentionMaskInterface.register(NAME, flash_attention_mask)  # none
 
 def has_kernel(model: nn.Module) -> bool:
     """Whether it can be tried: a model of 16 bits on a GPU, whose attention is SDPA."""
-    parameter = next(model.parameters())
-    sdpa = getattr(model.config, "_attn_implementation", None) == "sdpa"
+    parameter, text = next(model.parameters()), model.config.get_text_config()
+    sdpa = all(getattr(config, "_attn_implementation", None) == "sdpa" for config in (model.config, text))
+    kinds = set(getattr(text, "layer_types", None) or ())
+    narrow = getattr(text, "sliding_window", None) is not None or "sliding_attention" in kinds
+    if "chunked_attention" in kinds or narrow and "window_size" not in inspect.signature(varlen_attn).parameters:
+        return False
     return sdpa and parameter.device.type == "cuda" and parameter.dtype in (torch.float16, torch.bfloat16)
 
 
 @contextmanager
 def varlen_inside(model: nn.Module) -> Iterator[None]:
-    own = model.config._attn_implementation
-    model.config._attn_implementation = NAME
+    parts = [getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", None) or ()]
+    own = [(config, config._attn_implementation) for config in (model.config, *parts) if config is not None]
+    model.config._attn_implementation = NAME  # and of the parts
     try:
         yield
     finally:
-        model.config._attn_implementation = own
+        for config, name in own:
+            config._attn_implementation = name

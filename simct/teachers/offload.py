@@ -144,6 +144,15 @@ def pinned(size: int, device: torch.device) -> Tensor:
                 f"{size / 1e9:.1f} GB of the offloaded teacher could not be pinned (CUDA error {error}): it will be copied slowly",
                 stacklevel=2,
             )
+            _forget_error(device)
         else:
             weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
     return memory
+
+
+def _forget_error(device: torch.device) -> None:
+    """CUDA keeps the error of a call until a launch is checked: it is to be this one, not some other's."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        pass

@@ -65,6 +65,8 @@ class SimCTConfig(SimCTOptions, TrainingArguments):  # type: ignore[misc]  # bf1
     matter, and changes no result.
     """
 
+    unsaid = frozenset()  # names of what `defaults` may choose; no field
+
     def __post_init__(self) -> None:
         # There is no evaluation loss, and the reverse KL alone would choose a student that has narrowed down.
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
@@ -77,7 +79,8 @@ class SimCTConfig(SimCTOptions, TrainingArguments):  # type: ignore[misc]  # bf1
         self._check_numbers()
         # What a run on a GPU chooses (`defaults`).
         again = (self.gradient_checkpointing, getattr(self, "activation_checkpointing", None))
-        known = {"bf16": self.bf16, "gradient_checkpointing": None if again == (None, None) else True}
+        precision = True if self._names_a_precision() else self.bf16
+        known = {"bf16": precision, "gradient_checkpointing": None if again == (None, None) else True}
         self.unsaid = frozenset(name for name, value in known.items() if value is None)
         # transformers 5.21 and later have a new name, and warn of the one that all supported versions know.
         if getattr(self, "activation_checkpointing", False) is None:
@@ -86,6 +89,8 @@ class SimCTConfig(SimCTOptions, TrainingArguments):  # type: ignore[misc]  # bf1
         if self.bf16 is None:
             self.bf16 = self._takes_bf16()
         super().__post_init__()
+        if self.fsdp_checkpoints:
+            self.unsaid -= {"gradient_checkpointing"}
         for name in (
             "model_init_kwargs",
             "teacher_model_init_kwargs",
@@ -168,8 +173,19 @@ class SimCTConfig(SimCTOptions, TrainingArguments):  # type: ignore[misc]  # bf1
 
     def _takes_bf16(self) -> bool:
         """Whether a run that names no precision computes in bfloat16: on a GPU that has it."""
-        named = self.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
-        return not (named or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self._names_a_precision() or self.use_cpu or not torch.cuda.is_available():
+            return False
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def _names_a_precision(self) -> bool:
+        return self.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+
+    @property
+    def fsdp_checkpoints(self) -> bool:
+        """Whether FSDP makes activations anew by an option of its own, beside which the Trainer refuses its one."""
+        own = self.fsdp_config if isinstance(self.fsdp_config, dict) else {}
+        said = own.get("activation_checkpointing", os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", False))
+        return str(said).lower() in ("true", "1", "yes", "on")
 
     def _check_numbers(self) -> None:
         """What the Trainer's own arguments would let through, into a run without a step or with weights that are no numbers."""

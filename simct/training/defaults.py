@@ -54,7 +54,11 @@ def numbers_of(
         rollouts=config.per_device_train_batch_size * config.gradient_accumulation_steps * generations,
         optim=str(getattr(config.optim, "value", config.optim)),
         compute_dtype=compute,
-        gradient_checkpointing=bool(config.gradient_checkpointing or _get(config, "activation_checkpointing", False)),
+        gradient_checkpointing=bool(
+            config.gradient_checkpointing
+            or _get(config, "activation_checkpointing", False)
+            or _get(config, "fsdp_checkpoints", False)
+        ),
         # Of a sharded student samples come from a whole copy.
         rollout_dtype=(copy or weights) if sharded and served is None else copy if copy != weights else None,
         kv_cache_bytes=None if cache is None else int(cache * 1e9),
@@ -83,7 +87,8 @@ def fitting_passes(
         numbers: those of `numbers_of`.
     """
     checkpoints = [bool(numbers["gradient_checkpointing"])]
-    if "gradient_checkpointing" in config.unsaid and getattr(student, "supports_gradient_checkpointing", False):
+    free = "gradient_checkpointing" in config.unsaid and not checkpoints[0]  # True may have been set since
+    if free and getattr(student, "supports_gradient_checkpointing", False):
         checkpoints = [False, True]
     sequence, whole = numbers["prompt_tokens"] + numbers["response_tokens"], numbers["batch_tokens"]
     sizes = [whole] if config.max_tokens_per_batch is not None else list(_halves(whole, sequence))
@@ -150,6 +155,8 @@ def settle(config, student: nn.Module, scorers: Mapping[str, Any], prompt_tokens
     shared = max(len(scorer.pair.shared) for scorer in scorers.values())
     # What this process holds already is counted again.
     available = device_memory(config.device) + torch.cuda.memory_reserved(config.device)
+    if not config.offload_teacher:  # the others are there as well; of what processes share this is more than each holds
+        available -= sum(weight_bytes(model) for model in local if model is not teacher)
     seen = [(available, prompt_tokens)]
     if config.world_size > 1:  # all choose the same
         seen = gather_object(seen)

@@ -107,7 +107,7 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         self.skipped_records: dict[str, int] = {}
         train_dataset = self._usable("train_dataset", train_dataset, model, render, scorers, args)
         eval_dataset = self._usable("eval_dataset", eval_dataset, model, render, scorers, args)
-        settle(args, model, scorers, render.longest)
+        settle(args, model, scorers, render.longest if hasattr(train_dataset, "__len__") else 0)
         super().__init__(
             model=model,
             args=args,

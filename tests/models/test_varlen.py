@@ -1,5 +1,7 @@
 """Packed rows by PyTorch's own variable-length attention. Its kernel is a GPU's: here sequences one by one take its place."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -136,3 +138,17 @@ def test_a_batch_is_sent_without_waiting(monkeypatch):
     sequences = Layout(packed=True, one_row=True, bounded=True).build(PROMPTS, RESPONSES)
     sequences.to("cuda")
     assert sent == [(1, 13), (1, 13), (7,), (4,)]
+
+
+def test_attention_that_the_kernel_lacks_is_not_tried(monkeypatch):
+    parameter = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    own = LlamaConfig(attn_implementation="sdpa")
+    model = SimpleNamespace(parameters=lambda: iter([parameter]), config=own)
+    monkeypatch.setattr(varlen, "varlen_attn", old)
+    assert varlen.has_kernel(model)
+    own.sliding_window = 16  # a probe of few tokens would not see it
+    assert not varlen.has_kernel(model)
+    monkeypatch.setattr(varlen, "varlen_attn", new)
+    assert varlen.has_kernel(model)
+    own.layer_types = ["chunked_attention"]
+    assert not varlen.has_kernel(model)

@@ -111,7 +111,7 @@ def test_a_small_run_needs_neither(tmp_path):
 )
 def test_a_gpu_that_has_bfloat16_computes_in_it(tmp_path, monkeypatch, options, device, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it looks for the device
     assert SimCTConfig(str(tmp_path), **options).bf16 is expected
 
@@ -138,3 +138,23 @@ def test_a_run_begins_with_what_was_chosen(request, tmp_path, capsys):
     budget = trainer.args.max_tokens_per_batch
     assert f"as the run does not say: bf16 false, gradient_checkpointing true, max_tokens_per_batch {budget}" in out
     assert trainer.args.gradient_checkpointing and 50 <= budget < 16 * 80
+
+
+def test_what_fsdp_makes_anew_is_said(tmp_path, monkeypatch):
+    """Beside FSDP's own checkpointing the Trainer refuses its one: it is not to be chosen."""
+    said = config(tmp_path, fsdp_config={"activation_checkpointing": True})
+    assert said.fsdp_checkpoints and "gradient_checkpointing" not in said.unsaid
+    numbers = defaults.numbers_of(said, tiny_model(STUDENT), 10, 50)
+    assert numbers["gradient_checkpointing"]
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    assert config(tmp_path).fsdp_checkpoints
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "false")
+    assert not config(tmp_path).fsdp_checkpoints
+
+
+def test_what_was_set_since_stays(tmp_path):
+    run = config(tmp_path)
+    run.gradient_checkpointing = True
+    student = tiny_model(STUDENT)
+    numbers = defaults.numbers_of(run, student, 10, 50)
+    assert "gradient_checkpointing" not in defaults.fitting_passes(run, student, None, numbers, int(80e9))
