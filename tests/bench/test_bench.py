@@ -310,6 +310,7 @@ def check(results):
     assert any(row["agrees"] == "yes" for row in results)
 
 
+@pytest.mark.slow
 def test_a_suite_of_a_quick_run(tmp_path, monkeypatch):
     for name, value in ("CUDA_VISIBLE_DEVICES", ""), ("OMP_NUM_THREADS", "1"):
         monkeypatch.setenv(name, value)  # as the program sets them
