@@ -6,6 +6,7 @@ become pages where mkdocs-material is installed (extra `docs`).
 
 import argparse
 import logging
+import os
 import re
 import shutil
 import sys
@@ -66,20 +67,31 @@ def pages(staged: Path, folder: Path) -> Iterator[str]:
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
+    stage(staged)
+    config = load_config(str(ROOT / "docs" / "mkdocs.yml"), docs_dir=str(staged), site_dir=str(folder), strict=True)
+    build(config)
+    yield f"{folder}/docs/index.html"
+
+
+def stage(staged: Path) -> None:
+    """The guides, the results and the examples, and after them whatever file of the repository a staged page links to."""
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, staged)
     for name in ("docs", "bench/results", "examples"):
         shutil.copytree(
             ROOT / name, staged / name, ignore=shutil.ignore_patterns("*.yml", "__pycache__", "build.py", "figures.py")
         )
-    for page in staged.glob("docs/**/*.md"):  # the code that a page names
-        for link in re.findall(r"\]\(([^)\s:]+\.py)\)", page.read_text(encoding="utf-8")):
-            place = (page.parent / link).resolve()
+    to_read = list(staged.rglob("*.md"))
+    while to_read:
+        page = to_read.pop()
+        for name in {link.partition("#")[0] for link in links(page)} - {""}:
+            place = Path(os.path.normpath(page.parent / name))
+            source = ROOT / place.relative_to(staged)
+            if place.exists() or not source.is_file():
+                continue
             place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / place.relative_to(staged.resolve()), place)
-    config = load_config(str(ROOT / "docs" / "mkdocs.yml"), docs_dir=str(staged), site_dir=str(folder), strict=True)
-    build(config)
-    yield f"{folder}/docs/index.html"
+            shutil.copy(source, place)
+            to_read += [place] if place.suffix == ".md" else []
 
 
 def options_page() -> str:
@@ -114,16 +126,19 @@ def options_page() -> str:
 def broken_links() -> Iterator[str]:
     """Relative links of the Markdown files to a file or a heading that is not there."""
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/**/*.md")):
-        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-        for link in re.findall(r"\]\(([^)\s]+)\)", text):
-            if re.match(r"[a-z]+:", link):
-                continue
+        for link in links(page):
             name, _, heading = link.partition("#")
             target = page.parent / name if name else page
             if not target.exists():
                 yield f"{page.relative_to(ROOT)}: {link} is not there"
             elif heading and heading not in headings(target):
                 yield f"{page.relative_to(ROOT)}: {link} has no such heading"
+
+
+def links(page: Path) -> list[str]:
+    """To places beside the page, not to the network's."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)]
 
 
 def headings(page: Path) -> set[str]:

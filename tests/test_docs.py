@@ -78,6 +78,21 @@ def test_api_reference_builds(tmp_path):
     )
 
 
+def test_what_a_page_of_the_site_links_to_is_in_it(tmp_path):
+    """The strict build stops where it is not, and needs mkdocs."""
+    functions = runpy.run_path(str(BUILD))
+    functions["stage"](tmp_path)
+    (tmp_path / "api").mkdir()
+    (tmp_path / "api" / "index.html").touch()
+    missing = [
+        f"{page.relative_to(tmp_path)}: {link}"
+        for page in tmp_path.rglob("*.md")
+        for link in functions["links"](page)
+        if not (page.parent / link.partition("#")[0]).exists()
+    ]
+    assert not missing and (tmp_path / "bench" / "quality" / "CONTRASTS.md").is_file()
+
+
 @pytest.mark.skipif(find_spec("material") is None, reason="mkdocs-material is not installed (extra docs)")
 def test_the_site_builds(tmp_path):
     """Strictly: a link or a heading that is not there is an error. It loads nothing from elsewhere."""
