@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import cost, end2end, goals, plots, record, suites, tables
+from . import cost, end2end, goals, plots, record, step, suites, tables
 from .measure import device_name
 from .record import Row
 from .runner import Clock, run_ceilings, run_tasks
 from .workers import Failed, Worker
 
-SUITES = ("kernels", "memory", "end2end", "cost")
+SUITES = ("kernels", "memory", "end2end", "cost", "step")
 BUDGET = 510.0  # seconds; the plots and the last measurement must still fit into nine minutes
 # What the later suites may need, kept free while the earlier ones run.
-RESERVED = {"memory": 90.0, "end2end": 60.0, "cost": 45.0}
+RESERVED = {"memory": 90.0, "end2end": 60.0, "cost": 45.0, "step": 60.0}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -62,8 +62,10 @@ def main(arguments: list[str] | None = None) -> None:
             rows += run_tasks(suites.memory(device, options.quick), device, share, console, options.rounds)
         elif suite == "end2end":
             rows += _end2end(device, options.quick, share, console)
-        else:
+        elif suite == "cost":
             _cost(folder, share, console)
+        else:
+            _step(folder, share, console)
         for row in rows:
             row.device = row.device or name
         record.write(folder / "results.csv", [record.as_dict(row) for row in rows])  # kept, whatever comes next
@@ -136,3 +138,12 @@ def _cost(folder: Path, clock: Clock, console: Console) -> None:
     tables.print_dicts("Predictions at the measured ceilings, not measurements", predictions, console)
     if note:
         console.print(f"[yellow]cost: {note}")
+
+
+def _step(folder: Path, clock: Clock, console: Console) -> None:
+    if clock.left() < RESERVED["step"]:
+        console.print("[yellow]step: left out: no time left")
+        return
+    with console.status("step: models on tensors without data"):
+        phases = step.run(folder)
+    tables.print_dicts("Seconds of a step by phase, predicted for an H100 by a rule; not measurements", phases, console)
