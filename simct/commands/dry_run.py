@@ -143,6 +143,9 @@ def describe(
     numbers = numbers_of(
         config, student, max(lengths), len(pair.shared), on_cpu=on_cpu, available=available, processes=processes
     )
+    stays = teacher is not None and _is_quantised(teacher, config.teacher_model_init_kwargs)
+    if stays:  # each process has its own
+        numbers["shard_teacher"] = False
     memory = estimate(student, teacher, **numbers)
     console.print(memory_table(memory, available))
 
@@ -173,8 +176,11 @@ def describe(
     )
     if records is not None:
         _warn_of_context(console, student, lengths, config.max_new_tokens)
-    if processes > 1 and teacher is not None:
+    if processes > 1 and teacher is not None and not stays:
         console.print(_teacher_of_many(student, teacher, numbers, available), highlight=False)
+    if on_cpu:
+        note = "This is a run on this machine's CPU. One on a GPU: --assume_memory_gb says how much memory that has."
+        console.print(note, style="yellow", highlight=False)
     for note in _notes(config, student, teacher, numbers, available):
         console.print(note, style="yellow", markup=False, highlight=False)
 
@@ -291,7 +297,7 @@ def _notes(config, student: nn.Module, teacher: nn.Module | None, numbers, avail
     ):
         if model is None:
             continue
-        if getattr(model.config, "quantization_config", None) or "quantization_config" in (options or {}):
+        if _is_quantised(model, options):
             notes.append(f"The {role} is quantised: its weights take less than is counted here.")
     if config.shards_student and numbers["processes"] == 1:
         notes.append(
@@ -313,6 +319,10 @@ def _notes(config, student: nn.Module, teacher: nn.Module | None, numbers, avail
             '--model_init_kwargs \'{"attn_implementation": "flash_attention_2"}\' keeps none.'
         )
     return notes
+
+
+def _is_quantised(model: nn.Module, options: Mapping[str, Any] | None) -> bool:
+    return bool(getattr(model.config, "quantization_config", None) or "quantization_config" in (options or {}))
 
 
 def _warn_of_context(console: Console, student: nn.Module, lengths: list[int], new_tokens: int) -> None:

@@ -31,6 +31,8 @@ def options_table(run, config, recipe: Mapping[str, Any]) -> Table:
             continue
         given = recipe.get(name)
         origin = "recipe" if name in recipe and _same(value, given) else "command line"
+        if name in config.unsaid:
+            origin = "chosen by the device"
         if origin == "command line" and name in recipe:
             origin += f" (recipe: {_show(without_secrets(name, given))})"
         shown = redact(_show(without_secrets(name, value)))

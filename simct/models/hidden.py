@@ -120,26 +120,28 @@ class Layout:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         *,
         frozen: bool = False,
+        device: torch.device | None = None,
     ) -> "Layout":
         """`packing`: "off", "on", or "auto": on if this model gives the same hidden states for packed sequences as for each alone.
         `autocast`: that of the run, for attention that takes 16 bits only (elsewhere the weights' own precision shows more).
-        `frozen`: no gradient is ever asked for. The model is where it will run.
+        `frozen`: no gradient is ever asked for. The model is where it will run, or brings its weights to `device`.
 
         Raises ValueError for "on" with a model that does not (a state that runs through the whole row, learned positions, ...).
         """
-        plain = cls(hidden_size=_sdpa_width(model))
-        if plain.hidden_size and _packing_problem(model, plain) is not None:
+        device = device or next(model.parameters()).device
+        plain = cls(hidden_size=_sdpa_width(model, device))
+        if plain.hidden_size and _packing_problem(model, plain, device) is not None:
             plain = cls()
         if packing == "off":
             return plain
         layouts = [cls(True, hidden_size=plain.hidden_size if packing == "auto" else 0)]
         if uses_flash(model):
             layouts = [cls(True, True, bounded=True), cls(True, True)]
-        elif frozen and has_kernel(model):
+        elif frozen and has_kernel(model, device):
             layouts.insert(0, cls(True, True, bounded=True, varlen=True))
         for layout in layouts:
             with autocast() if layout.one_row else nullcontext():
-                problem = _packing_problem(model, layout)
+                problem = _packing_problem(model, layout, device)
             if problem is None:
                 return layout
         if packing == "on":
@@ -168,11 +170,11 @@ class Layout:
 
 
 @torch.no_grad()
-def _packing_problem(model: nn.Module, layout: Layout) -> str | None:
+def _packing_problem(model: nn.Module, layout: Layout, device: torch.device) -> str | None:
     """What is wrong with this model's hidden states of sequences that share rows, or are filled up without a mask; None if nothing
     is."""
     prompts, responses = [[1, 2, 3], [4, 5]], [[6, 7, 8, 9], [3, 1]]
-    training, device = model.training, next(model.parameters()).device
+    training = model.training
     model.eval()
     try:
         with attention_that_runs(model):
@@ -196,11 +198,10 @@ def _packing_problem(model: nn.Module, layout: Layout) -> str | None:
     return None if difference <= tolerance else f"relative difference {difference:.2g} from sequences alone"
 
 
-def _sdpa_width(model: nn.Module) -> int:
+def _sdpa_width(model: nn.Module, device: torch.device) -> int:
     """The hidden size of a model on a GPU whose attention is SDPA; 0 of any other."""
     config = model.config.get_text_config()
-    on_gpu = next(model.parameters()).device.type != "cpu"
-    return config.hidden_size if on_gpu and getattr(config, "_attn_implementation", None) == "sdpa" else 0
+    return config.hidden_size if device.type != "cpu" and getattr(config, "_attn_implementation", None) == "sdpa" else 0
 
 
 def uses_flash(model: nn.Module) -> bool:

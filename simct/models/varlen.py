@@ -61,15 +61,16 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, flash_attention_mask)  # none
 
 
-def has_kernel(model: nn.Module) -> bool:
-    """Whether it can be tried: a model of 16 bits on a GPU, whose attention is SDPA."""
+def has_kernel(model: nn.Module, device: torch.device | None = None) -> bool:
+    """Whether it can be tried: a model of 16 bits on a GPU, whose attention is SDPA. `device`: where the model runs, if its weights
+    wait elsewhere."""
     parameter, text = next(model.parameters()), model.config.get_text_config()
     sdpa = all(getattr(config, "_attn_implementation", None) == "sdpa" for config in (model.config, text))
     kinds = set(getattr(text, "layer_types", None) or ())
     narrow = getattr(text, "sliding_window", None) is not None or "sliding_attention" in kinds
     if "chunked_attention" in kinds or narrow and "window_size" not in inspect.signature(varlen_attn).parameters:
         return False
-    return sdpa and parameter.device.type == "cuda" and parameter.dtype in (torch.float16, torch.bfloat16)
+    return sdpa and (device or parameter.device).type == "cuda" and parameter.dtype in (torch.float16, torch.bfloat16)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Where teacher scores come from: a local Hugging Face model, frozen, in evaluation mode. (`simct.teachers.served`: a server.)"""
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from simct.models.checks import check_head, check_vocabulary, context_length
 from simct.models.hidden import Layout, response_hidden_states
 from simct.models.loading import is_dispatched
+from simct.models.out_of_memory import is_out_of_memory, release_memory
 from simct.teachers.offload import Offloaded
 from simct.teachers.sharded import shard
 from simct_kernels import LMHead, token_statistics
@@ -46,6 +48,7 @@ class LocalTeacher:
         check_vocabulary(model, tokenizer, "teacher")
         self.layout = Layout()
         self._offloaded: Offloaded | None = None
+        self._runs_on: torch.device | None = None  # where it reads; None: where its weights are
         self.sharded = False  # then every process must score as often as the others
         self._head: LMHead | None = None
 
@@ -70,7 +73,8 @@ class LocalTeacher:
             self.model.to(device)
         if LMHead.from_model(self.model).weight.is_meta:
             raise ValueError("device_map leaves the teacher's head in main memory or on disk: expected it on a device")
-        self.layout = Layout.of(self.model, packing, frozen=True)
+        self._runs_on = device if self.sharded else self.model.device
+        self.layout = Layout.of(self.model, packing, frozen=True, device=self._runs_on)
         check_head(self.model, "teacher")
         head = LMHead.from_model(self.model)
         if head.weight.device != device:
@@ -133,5 +137,22 @@ class LocalTeacher:
         """Hidden rows [N_t, H_t] that predict the tokens of the responses (teacher token ids, without padding)."""
         if not any(responses) and not self.sharded:
             return torch.empty(0, self.head.weight.shape[1], dtype=self.model.dtype, device=self.head.weight.device)
-        sequences = self.layout.build(prompts, responses).to(self.model.device)
-        return response_hidden_states(self.model, sequences).to(self.head.weight.device)
+        sequences = self.layout.build(prompts, responses).to(self._runs_on or self.model.device)
+        try:
+            return response_hidden_states(self.model, sequences).to(self.head.weight.device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            most = sequences.input_ids.numel()
+            if self.sharded or len(prompts) < 2:  # the other processes would wait for the second try
+                raise RuntimeError(
+                    f"out of memory with {most} tokens in a forward pass of the teacher: set max_tokens_per_batch to "
+                    f"{max(1, most // 2)} or less, or offload_teacher=True ({error})"
+                ) from error
+            message = str(error)
+        # Outside of the handler: the error holds on to what was allocated.
+        release_memory(self.head.weight.device)
+        warnings.warn(f"out of memory with {most} tokens of the teacher at once: in halves ({message})", stacklevel=2)
+        half = len(prompts) // 2
+        parts = (self.hidden_states(prompts[part], responses[part]) for part in (slice(half), slice(half, None)))
+        return torch.cat(list(parts))

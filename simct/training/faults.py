@@ -1,6 +1,5 @@
-"""What is written down when a step goes wrong; memory that runs out."""
+"""What is written down when a step goes wrong."""
 
-import gc
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,6 @@ from torch import Tensor
 from simct.files import write_json
 from simct.pairing.pair import TokenizerPair
 from simct.training.micro_batches import MicroBatch
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the machine, had no memory for a tensor."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
-def release_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def report_batches(

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from simct.models.out_of_memory import is_out_of_memory, release_memory
 from simct.pairing.ablations import mask_longer, merge_randomly
 from simct.pairing.pair import Alignment
 from simct.teachers.local import Rows, ServedRows
 from simct.training.collector import Scorer
 from simct.training.config import SimCTConfig
-from simct.training.faults import is_out_of_memory, release_memory
 from simct_kernels import AlignedUnits, alm_loss, bpm_loss, escd_loss, linear_simct_loss, topk_simct_loss, uld_loss
 from simct_kernels.torch_backend.plan import auto_rows
 

@@ -76,7 +76,8 @@ class SimCTOptions:
     rollout_dtype: str | None = option(
         None,
         "Sample from a copy of the student in this precision: float32, bfloat16, float16. Not given: bfloat16 where float32 "
-        "weights are trained with --bf16 on a GPU, else no copy.",
+        "weights are trained with --bf16 on a GPU, else no copy. (Of a student that FSDP shares out samples always come from a "
+        "whole copy, else in its own precision.)",
         "`float32` to save the copy's memory, at half the speed.",
     )
     kv_cache_gb: float | None = option(

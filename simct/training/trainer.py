@@ -28,6 +28,7 @@ from simct.models.hidden import (
     under_autocast,
 )
 from simct.models.loading import load_model, load_tokenizer, with_adapter
+from simct.models.out_of_memory import is_out_of_memory, release_memory
 from simct.pairing.pair import TokenizerPair
 from simct.rollouts.engines import build_engine
 from simct.rollouts.protocol import Response, Sampling
@@ -40,9 +41,8 @@ from simct.training.collector import Collector, Scorer, generator, numbered_seed
 from simct.training.config import SimCTConfig
 from simct.training.defaults import settle
 from simct.training.evaluation import Evaluation
-from simct.training.faults import is_out_of_memory, release_memory
 from simct.training.guards import Guards
-from simct.training.micro_batches import MicroBatch, fill_up, split
+from simct.training.micro_batches import MicroBatch, fill_up, out_of_memory, split
 from simct.training.model_card import ModelCards
 from simct.training.objectives import supervised_units, unit_loss
 from simct.training.placement import float32_masters, place_student, place_teachers, student_options
@@ -312,8 +312,10 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
                 return super().training_step(model, {"part": part}, tokens)
         except Exception as error:
             # In the backward pass some gradients are already added up: it cannot be done again.
-            if not is_out_of_memory(error) or not self._in_forward or sharded or len(part.samples) < 2:
+            if not is_out_of_memory(error):
                 raise
+            if not self._in_forward or sharded or len(part.samples) < 2:
+                raise out_of_memory(part, "") from error
             message = str(error)
         # Outside of the handler: the error holds on to what was allocated.
         release_memory(self.args.device)
@@ -330,11 +332,7 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise RuntimeError(
-                f"out of memory with {most} tokens in a forward pass, and with half of them: set max_tokens_per_batch to "
-                f"{max(1, most // 4)} or less (longest sequence here: {max(s.student_length for s in part.samples)}), "
-                "gradient_checkpointing=True or offload_teacher=True"
-            ) from error
+            raise out_of_memory(part, ", and with half of them") from error
 
     def compute_loss(
         self,

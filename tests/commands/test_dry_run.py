@@ -158,6 +158,8 @@ def test_what_the_run_would_choose_is_told(said, models, data, tmp_path):
     result, text = dry_run(run, config, recipe, assume_memory_gb=80)
     line = "Chosen for a GPU of 80 GB, as the run does not say: bf16 true, gradient_checkpointing true, max_tokens_per_batch "
     assert (line in text) == (not said) and result.fits
+    of_bf16 = next(row for row in text.splitlines() if row.startswith("│ bf16 "))
+    assert "chosen by the device" not in of_bf16 if said else "chosen by the device" in of_bf16
     assert config.bf16 is said and config.max_tokens_per_batch == (8192 if said else None)
     assert result.memory.rollout_copy == 2 * PARAMETERS["gemma-2-2b"]  # of what computes in bfloat16
 
@@ -254,3 +256,19 @@ def test_a_teacher_too_large_for_the_device_is_told_what_fits(models, data, tmp_
     _, text = dry_run(*given, assume_memory_gb=14)
     assert "The teacher's weights, 15 GB, do not fit this device whole" in text and '"device_map": "auto"' in text
     assert "do not fit this device whole" not in dry_run(*given, assume_memory_gb=80)[1]
+
+
+def test_a_run_on_this_machines_cpu_says_so(models, data, tmp_path):
+    given = arguments(PAIRS[0], models, data, tmp_path)
+    assert "This is a run on this machine's CPU." in dry_run(*given)[1]
+    assert "this machine's CPU" not in dry_run(*given, assume_memory_gb=80)[1]
+
+
+def test_a_quantised_teacher_is_whole_in_each_process(models, data, tmp_path):
+    """What cannot be moved is not shared out, whatever becomes of the student."""
+    quantised = {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}
+    given = arguments(PAIRS[0], models, data, tmp_path, fsdp=True, teacher_model_init_kwargs=quantised)
+    result, text = dry_run(*given, assume_memory_gb=80, assume_processes=4)
+    whole, _ = dry_run(*given, assume_memory_gb=80, assume_processes=1)
+    assert result.memory.teacher_weights == whole.memory.teacher_weights
+    assert result.memory.student_weights < whole.memory.student_weights and "The teacher of 4 processes" not in text

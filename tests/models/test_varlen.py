@@ -48,7 +48,7 @@ def model():
 @pytest.mark.parametrize("kernel", [new, old])
 def test_a_frozen_model_of_16_bits_needs_no_mask_and_no_filling(model, monkeypatch, kernel):
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    monkeypatch.setattr(hidden, "has_kernel", lambda model: True)
+    monkeypatch.setattr(hidden, "has_kernel", lambda *_: True)
     assert Layout.of(model) == Layout(packed=True), "with gradients its layers may be computed again, outside"
     layout = Layout.of(model, frozen=True)
     assert layout == Layout(packed=True, one_row=True, bounded=True, varlen=True)
@@ -72,7 +72,7 @@ def missing(*_, window_size=None, scale=None, enable_gqa=None):
 @pytest.mark.parametrize("kernel", [wrong, missing])
 def test_a_kernel_that_does_not_serve_the_model_is_not_used(model, monkeypatch, kernel):
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    monkeypatch.setattr(hidden, "has_kernel", lambda model: True)
+    monkeypatch.setattr(hidden, "has_kernel", lambda *_: True)
     assert Layout.of(model, frozen=True) == Layout(packed=True)
     assert model.config._attn_implementation == "sdpa"
 

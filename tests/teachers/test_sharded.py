@@ -64,6 +64,27 @@ def test_a_shared_teacher_gives_the_rows_of_a_whole_one(kind, offloaded, tokeniz
         assert head is shared.head and shared.layout == whole.layout
 
 
+def test_what_has_no_memory_is_read_in_halves(tokenizer):
+    """But not a shared one: the other processes would wait for the second try."""
+    teacher = LocalTeacher(model_of("untied", len(tokenizer)), tokenizer)
+    teacher.place(torch.device("cpu"))
+    prompts, responses = [[1, 2], [3], [4, 5, 6]], [[7], [], [8, 9]]
+    expected = teacher.hidden_states(prompts, responses)
+
+    def limit(module, args, kwargs):
+        if kwargs["input_ids"].numel() > 5:
+            raise torch.OutOfMemoryError("tried to allocate too much")
+
+    teacher.model.model.register_forward_pre_hook(limit, with_kwargs=True)
+    with pytest.warns(UserWarning, match="out of memory with .* tokens of the teacher at once: in halves"):
+        torch.testing.assert_close(teacher.hidden_states(prompts, responses), expected)
+    with pytest.raises(RuntimeError, match="in a forward pass of the teacher: set max_tokens_per_batch to 3 or less"):
+        teacher.hidden_states([[1] * 6], [[1]])
+    teacher.sharded = True
+    with pytest.raises(RuntimeError, match="in a forward pass of the teacher: set max_tokens_per_batch"):
+        teacher.hidden_states(prompts, responses)
+
+
 def test_only_the_layers_are_layers(tokenizer):
     model = model_of("tied", len(tokenizer))
     assert layers_of(model) == list(model.model.layers)

@@ -15,8 +15,10 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.masking_utils import flash_attention_mask
 
 from simct import LocalTeacher, SimCTTrainer
+from simct.models import hidden
 from simct.models.hidden import Layout
 from simct.rollouts.transformers_engines import attention_of_any_shape
+from simct.teachers import local
 from simct.training.evaluation import score
 
 ran: list[tuple[torch.device, torch.dtype]] = []
@@ -146,6 +148,20 @@ def test_an_offloaded_teacher_goes_one_way(gpu, tmp_path):
         assert hidden.device == CUDA
     del hidden
     assert away() == {"cpu"} and gpu.held() == before and len(gpu.waits) == waits
+
+
+def test_a_share_in_main_memory_is_read_as_the_device_can(gpu, monkeypatch):
+    """Its layers come to the device: what that has kernels for decides, not where the weights wait."""
+    monkeypatch.setattr(local, "shard", lambda *_, **__: None)
+    monkeypatch.setattr(hidden, "_packing_problem", lambda *_: None)
+    monkeypatch.setattr(local, "check_head", lambda *_: None)
+    asked = []
+    monkeypatch.setattr(local, "response_hidden_states", lambda _, sequences: asked.append(sequences) or sequences.rows)
+    teacher = LocalTeacher(tiny_model(TEACHER).bfloat16(), tokenizer(TEACHER))
+    teacher.place(CUDA, offload=True, mesh=object())
+    assert devices(teacher.model) == {torch.device("cpu")} and teacher.layout.varlen
+    teacher.rows([[1, 2]], [[3]])
+    assert asked[0].varlen and asked[0].input_ids.device == CUDA
 
 
 def test_an_evaluation_fetches_an_offloaded_teacher_once(tmp_path, monkeypatch):

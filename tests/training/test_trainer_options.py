@@ -238,6 +238,16 @@ def test_out_of_memory_is_retried_once_in_halves(tmp_path, plain):
         trainer.train()
 
 
+def test_out_of_memory_of_shared_models_is_said(tmp_path, monkeypatch):
+    """Not tried again: the other processes would wait for the second try."""
+    trainer = small_device(SimCTTrainer(STUDENT, TEACHER, config(tmp_path, **SGD), PROMPTS), 120)
+    monkeypatch.setattr(SimCTTrainer, "has_sharded_teacher", True)
+    with pytest.raises(
+        RuntimeError, match="out of memory with .* tokens in a forward pass: set max_tokens_per_batch to"
+    ):
+        trainer.train()
+
+
 def test_out_of_memory_in_the_loss_is_retried_with_half_the_chunk(tmp_path, plain, monkeypatch):
     from simct.training import objectives
 
