@@ -18,14 +18,16 @@ class Arm:
 
 CORE = {  # what the contrasts of CONTRASTS.md need
     "sft": Arm("SFT on the teacher's samples", data="teacher", sft=True),
-    "strict": Arm("strict: 1:1 units", {"units": "single"}),
-    "simct": Arm("SimCT (paper)"),
+    "strict": Arm("strict: 1:1 units", {"objective": "simct", "units": "single"}),
+    "simct": Arm("SimCT (paper)", {"objective": "simct"}),
     "escd": Arm("ESCD", {"objective": "escd"}),
 }
 FURTHER = {
-    "kd": Arm("off-policy KD: forward KL", {"beta": 0.0, "on_policy_fraction": 0.0}, data="teacher"),
-    "strict-top16": Arm("strict, top 16", {"units": "single", "top_k": 16}),
-    "disjoint": Arm("SimCT, disjoint", {"candidates": "disjoint"}),
+    "kd": Arm(
+        "off-policy KD: forward KL", {"objective": "simct", "beta": 0.0, "on_policy_fraction": 0.0}, data="teacher"
+    ),
+    "strict-top16": Arm("strict, top 16", {"objective": "simct", "units": "single", "top_k": 16}),
+    "disjoint": Arm("SimCT, disjoint", {"objective": "simct", "candidates": "disjoint"}),
 }
 ARMS = CORE | FURTHER
 QUICK_ARMS = ("sft", "strict", "simct")

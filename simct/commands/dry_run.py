@@ -40,6 +40,7 @@ from simct.training.memory import (
     memory_table,
     weight_bytes,
 )
+from simct.training.objectives import settle_objective
 from simct.training.placement import float32_masters, student_options
 
 MEASURED_PROMPTS, COVERAGE_PROMPTS = 1000, 200  # of the first, the longest is the length to be expected
@@ -117,6 +118,8 @@ def describe(
         student_vocabulary_size=student.get_output_embeddings().weight.shape[0],
         chat=config.prompt_format != "text",
     )
+    if line := settle_objective(config, [(pair, teacher is None)]):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if peft_config is not None:
         with torch.device("meta"):
             student = with_adapter(student, peft_config)

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 from simct.console import printable, show_bytes
 from simct.inspection.report import Answer, Inspection
-from simct.pairing.coverage import in_words
+from simct.pairing.coverage import in_words, most_digits
 from simct.pairing.pair import TokenizerPair
 
 MANY_LONGER = 0.15  # of the response tokens; the pairs of docs/choosing-an-objective.md have 0.23 and more
 LENGTHS_DIFFER = 1.25  # tokens of one side to those of the other
 FEW_SHARED = 0.25  # of the student's vocabulary
-PROBE = "31415926535897932384"
 WORDS = "the time of the year and all that is in it for a day or two at the end"
 
 
@@ -78,11 +77,7 @@ def _dropped(inspection: Inspection) -> list[Advice]:
 
 
 def _digits(pair: TokenizerPair) -> Advice | None:
-    cuts = pair.cut(PROBE)
-    student, teacher = (
-        max((len(piece) for cut in cuts for piece in getattr(cut, side) if piece), default=0)
-        for side in ("student", "teacher")
-    )
+    student, teacher = most_digits(pair)
     if student == teacher:
         return None
     what = f"The student's tokens hold up to {student} digit{'s' * (student != 1)} of a number, the teacher's up to {teacher}."

@@ -16,6 +16,25 @@ RULES = {
 }
 
 
+DIGITS = "31415926535897932384"
+
+
+def most_digits(pair) -> tuple[int, int]:
+    """Of one token of a number: in the student's tokenizer, and in the teacher's, of a `TokenizerPair`."""
+    cuts = pair.cut(DIGITS)
+    student, teacher = (
+        max((len(piece) for cut in cuts for piece in getattr(cut, side) if piece), default=0)
+        for side in ("student", "teacher")
+    )
+    return student, teacher
+
+
+def digits_differ(pair) -> bool:
+    """Whether the student writes digits one by one, and the teacher in groups."""
+    student, teacher = most_digits(pair)
+    return student == 1 < teacher
+
+
 def in_words(reason: str) -> str:
     """Why tokens have no supervision, as tables call it."""
     return {

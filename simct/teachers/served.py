@@ -156,7 +156,7 @@ class ServedTeacher:
 
 def check_objective(args) -> None:
     """ValueError for options of a `SimCTConfig` that need more of a teacher than a server says."""
-    if args.objective != "simct":
+    if args.objective not in ("auto", "simct"):
         raise ValueError(
             f"objective is {args.objective!r}, which reads the teacher's hidden states: expected 'simct' with a served teacher"
         )

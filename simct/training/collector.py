@@ -30,6 +30,7 @@ class Scorer:
     shared: SharedVocabulary  # on the device of the loss
     render: Renderer
     tables: PrefixTables | None = None  # there too, for the objectives that read them
+    objective: str = "simct"  # of `SimCTConfig`, never "auto"
 
     @classmethod
     def build(
@@ -55,10 +56,11 @@ class Scorer:
         render.check("teacher")
         compare_thoughts(student_render, render)
         tables = None
-        if args.objective in PREFIX_OBJECTIVES:
+        objective = args.objective_for(pair, served=isinstance(teacher, ServedTeacher))
+        if objective in PREFIX_OBJECTIVES:
             heads = (LMHead.from_model(student), LMHead.from_model(teacher.model))
             tables = pair.prefix_tables(*(head.weight.shape[0] for head in heads))
-        return cls(teacher, pair, pair.shared, render, tables)
+        return cls(teacher, pair, pair.shared, render, tables, objective)
 
     def to(self, device: torch.device) -> "Scorer":
         """What the loss reads of it there; the teacher is placed on its own."""

@@ -9,14 +9,18 @@ import torch
 from transformers import TrainingArguments
 
 from simct.data.prompts import PROMPT_FORMATS
+from simct.pairing.coverage import digits_differ
 from simct.pairing.endings import STOPS
+from simct.pairing.pair import TokenizerPair
 from simct.rollouts.protocol import ENGINES, Sampling
 from simct.secrets import hide_options, read_address, read_key, shown_text, without_secrets
 from simct.training.options import SimCTOptions
 from simct_kernels.options import CANDIDATES, SCORES
 
 PREFIX_OBJECTIVES = ("bpm", "escd")  # they read `simct_kernels.PrefixTables`
-OBJECTIVES = ("simct", *PREFIX_OBJECTIVES, "uld", "alm")
+OBJECTIVES = ("auto", "simct", *PREFIX_OBJECTIVES, "uld", "alm")
+# Options of SimCT's loss and its units: who sets one of them means that loss.
+SIMCTS_OWN = ("beta", "score", "candidates", "top_k", "teacher_mass_floor", "stop", "units", "alignment", "mask_longer")
 
 
 def one_of(name: str, value, choices) -> None:
@@ -155,7 +159,7 @@ class SimCTConfig(SimCTOptions, TrainingArguments):  # type: ignore[misc]  # bf1
             raise ValueError(
                 "units is 'merged' and candidates is 'disjoint': expected candidates='paper' with merged units"
             )
-        if self.stop == "class" and self.objective != "simct":
+        if self.stop == "class" and self.objective not in ("auto", "simct"):
             raise ValueError(
                 f"stop is 'class' and objective is {self.objective!r}, which has no shared candidates: expected stop='pair' with it"
             )
@@ -288,6 +292,17 @@ class SimCTConfig(SimCTOptions, TrainingArguments):  # type: ignore[misc]  # bf1
             server_url=self.vllm_server_url,
             sync_folder=self.vllm_sync_dir,
         )
+
+    def objective_for(self, pair: TokenizerPair, *, served: bool = False) -> str:
+        """`objective`, or what "auto" means for this pair: "escd" where the student writes digits one by one and the teacher in
+        groups (docs/evidence.md says why), else the paper's "simct"; that also with a served teacher, and where an option is set
+        that shapes SimCT's loss or its units."""
+        if self.objective != "auto":
+            return self.objective
+        usual = {field.name: field.default for field in fields(SimCTOptions)}
+        if served or any(getattr(self, name) != usual[name] for name in SIMCTS_OWN):
+            return "simct"
+        return "escd" if digits_differ(pair) else "simct"
 
     def loss_options(self) -> dict:
         """The keyword arguments of `simct_kernels.linear_simct_loss`."""

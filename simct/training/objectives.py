@@ -1,22 +1,57 @@
 """Which units are compared, and with which loss."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from simct.console import console
 from simct.models.out_of_memory import is_out_of_memory, release_memory
 from simct.pairing.ablations import mask_longer, merge_randomly
-from simct.pairing.pair import Alignment
+from simct.pairing.coverage import digits_differ
+from simct.pairing.pair import Alignment, TokenizerPair
 from simct.teachers.local import Rows, ServedRows
+from simct.teachers.served import ServedTeacher
 from simct.training.collector import Scorer
 from simct.training.config import SimCTConfig
 from simct_kernels import AlignedUnits, alm_loss, bpm_loss, escd_loss, linear_simct_loss, topk_simct_loss, uld_loss
 from simct_kernels.torch_backend.plan import auto_rows
 
+DIGITS = (
+    "the student writes digits one by one and the teacher in groups, on which SimCT's loss collapsed in small models"
+)
 # Objectives that read whole rows of logits. Their automatic chunk's matrices, and those that were counted at once on demo sizes.
 WHOLE_ROWS = {"uld": (4, 11), "alm": (2, 3), "bpm": (7, 7), "escd": (7, 7)}
+
+
+def settle_objective(args: SimCTConfig, pairs: Iterable[tuple[TokenizerPair, bool]]) -> str:
+    """Puts what "auto" becomes into `args`, where it is the same for all teachers. Returns a line to begin the run with; empty
+    where nothing is to be said.
+
+    `pairs`: each teacher's, and whether it is served.
+    """
+    pairs = list(pairs)
+    found = {args.objective_for(pair, served=served) for pair, served in pairs}
+    chosen = args.objective == "auto"
+    if chosen and len(found) == 1:
+        (args.objective,) = found
+    if not any(digits_differ(pair) for pair, _ in pairs):
+        return ""
+    if chosen and "escd" in found:
+        return f"Objective: escd, as {DIGITS} (docs/evidence.md); --objective simct is the paper's."
+    if "simct" in found:
+        other = "" if any(served for _, served in pairs) else ", and --objective auto takes escd"
+        return f"Note: {DIGITS} (docs/evidence.md): forward_kl_per_byte and accuracy would tell{other}."
+    return ""
+
+
+def say_objective(args: SimCTConfig, scorers: Mapping[str, Scorer]) -> None:
+    """`settle_objective` for a run; its first process prints the line."""
+    pairs = [(scorer.pair, isinstance(scorer.teacher, ServedTeacher)) for scorer in scorers.values()]
+    line = settle_objective(args, pairs)
+    if line and args.process_index == 0:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def supervised_units(
@@ -54,7 +89,7 @@ def unit_loss(
         if not is_out_of_memory(error):
             raise
     # Outside of the handler: the error holds on to what was allocated.
-    rows = args.chunk_rows or _auto_rows(student, teacher, args.objective)
+    rows = args.chunk_rows or _auto_rows(student, teacher, scorer.objective)
     half = max(1, rows // 2)
     warnings.warn(f"out of memory in the loss with chunk_rows={rows}: once more with {half}", stacklevel=2)
     release_memory(student[0].device)
@@ -79,7 +114,7 @@ def _auto_rows(student: Rows, teacher: Rows | ServedRows, objective: str) -> int
 
 def _compute(student: Rows, teacher, units, lengths, scorer: Scorer, args: SimCTConfig, chunk_rows: int | None):
     rows = "auto" if chunk_rows is None else chunk_rows
-    if args.objective == "simct":
+    if scorer.objective == "simct":
         options = {**args.loss_options(), "chunk_rows": rows, "return_unit_losses": True}
         if isinstance(teacher, ServedRows):
             served = (teacher.topk_ids, teacher.topk_logprobs, teacher.token_logprobs)
@@ -87,8 +122,8 @@ def _compute(student: Rows, teacher, units, lengths, scorer: Scorer, args: SimCT
         return linear_simct_loss(*student, *teacher, units, scorer.shared, **options)
     given = (*student, *teacher, units)
     options = dict(temperature=args.loss_temperature, chunk_rows=rows, return_unit_losses=True)
-    if args.objective == "bpm":
+    if scorer.objective == "bpm":
         return bpm_loss(*given, scorer.tables, **options)
-    if args.objective == "escd":
+    if scorer.objective == "escd":
         return escd_loss(*given, scorer.tables, lengths, **options)
-    return {"uld": uld_loss, "alm": alm_loss}[args.objective](*given, **options)
+    return {"uld": uld_loss, "alm": alm_loss}[scorer.objective](*given, **options)

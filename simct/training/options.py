@@ -230,8 +230,10 @@ class SimCTOptions:
     )
     objective: str = option(
         "simct",
-        "simct; on byte prefixes: bpm, escd (forward KL); baselines on the same alignment: uld, alm.",
-        "`escd` where the student writes digits one by one and the teacher in groups.",
+        "simct: the paper's; on byte prefixes: bpm, escd (forward KL); baselines on the same alignment: uld, alm; auto: escd where "
+        "the student writes digits one by one and the teacher in groups, else simct, as with a served teacher and where an option "
+        "of SimCT's own is set.",
+        "`auto` or `escd` where the student writes digits one by one and the teacher in groups.",
     )
     units: str = option(
         "all",

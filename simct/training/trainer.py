@@ -44,7 +44,7 @@ from simct.training.evaluation import Evaluation
 from simct.training.guards import Guards
 from simct.training.micro_batches import MicroBatch, fill_up, out_of_memory, split
 from simct.training.model_card import ModelCards
-from simct.training.objectives import supervised_units, unit_loss
+from simct.training.objectives import say_objective, supervised_units, unit_loss
 from simct.training.placement import float32_masters, place_student, place_teachers, student_options
 from simct.training.recorder import Recorder
 from simct.training.samples import Samples
@@ -99,6 +99,7 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         render = student_renderer(processing_class, args)
         render.check("student")
         scorers = {name: Scorer.build(found, model, render, args) for name, found in teachers.items()}
+        say_objective(args, scorers)
         if peft_config is not None:
             model = with_adapter(model, peft_config)
             if args.bf16 or args.fp16:

@@ -5,7 +5,9 @@ import torch
 from kernels.cases import slow
 from test_trainer import PROMPTS, STUDENT, TEACHER, config, logs
 
+from bench.quality.settings import Spelling
 from simct import SimCTTrainer
+from simct.pairing.coverage import most_digits
 from simct.pairing.pair import TokenizerPair
 from simct.training import objectives
 from simct_kernels import escd_loss
@@ -95,3 +97,50 @@ def test_the_trainer_says_where_responses_end(tmp_path, monkeypatch):
     assert seen[0] == 8 and len(seen) > 2
     assert runs[0]["loss"] == pytest.approx(runs[1]["loss"], rel=1e-5)
     assert runs[0]["grad_norm"] == pytest.approx(runs[1]["grad_norm"], rel=1e-4)
+
+
+# ---- "auto" ----
+
+
+def test_the_digits_of_a_token():
+    text = ["17+5-8 is 14 and 305*21 is 6405, " * 9]
+    one, three = Spelling(300, digits=1).make(text), Spelling(300).make(text)
+    assert most_digits(TokenizerPair(one, three))[0] == 1 and most_digits(TokenizerPair(three, one))[1] == 1
+    assert most_digits(TokenizerPair(three, three))[0] in (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("digits", "options", "expected"),
+    [
+        ((1, 3), {}, "escd"),
+        ((1, 1), {}, "simct"),
+        ((3, 1), {}, "simct"),
+        ((2, 3), {}, "simct"),
+        ((1, 3), {"units": "single"}, "simct"),
+        ((1, 3), {"beta": 0.5}, "simct"),
+        ((1, 3), {"stop": "class"}, "simct"),
+        ((1, 3), {"objective": "bpm"}, "bpm"),
+    ],
+    ids=str,
+)
+def test_what_auto_means(digits, options, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("simct.pairing.coverage.most_digits", lambda pair: digits)
+    args = config(tmp_path, **{"objective": "auto", **options})
+    assert args.objective_for(None) == expected
+    assert args.objective_for(None, served=True) == ("bpm" if expected == "bpm" else "simct")
+
+
+def test_a_run_says_what_it_chose(tmp_path, monkeypatch, capsys):
+    def run(objective):
+        trainer = SimCTTrainer(STUDENT, TEACHER, config(tmp_path, objective=objective, max_steps=1), PROMPTS)
+        return trainer, " ".join(capsys.readouterr().out.split())
+
+    assert "digits" not in run("simct")[1] + run("auto")[1]
+    monkeypatch.setattr("simct.pairing.coverage.most_digits", lambda pair: (1, 3))
+    trainer, said = run("simct")
+    assert trainer.args.objective == "simct" and "--objective auto takes escd" in said
+    trainer, said = run("auto")
+    assert trainer.args.objective == trainer.scorers[trainer.default_teacher].objective == "escd"
+    assert "Objective: escd, as the student writes digits one by one" in said
+    trainer.train()
+    assert logs(trainer)[0]["loss"] > 0
