@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Arm:
-    """`options` of `SimCTConfig`; `data`: "student" (its own samples), or "teacher": the teacher's, as many; `sft`: cross entropy
-    on them instead of a comparison of distributions."""
+    """`options` of `SimCTConfig`; `data`: "student" (its own samples), or the teacher's, as many: "teacher" at temperature 1,
+    "sharp" as students sample, at 0.6; `sft`: cross entropy on them instead of a comparison of distributions."""
 
     title: str
     options: dict = field(default_factory=dict)
@@ -16,8 +16,9 @@ class Arm:
     sft: bool = False
 
 
-CORE = {  # what the contrasts of CONTRASTS.md need
+CORE = {  # what the contrasts of CONTRASTS.md need, and what its addendum describes beside them
     "sft": Arm("SFT on the teacher's samples", data="teacher", sft=True),
+    "sft-sharp": Arm("SFT on its samples at 0.6", data="sharp", sft=True),
     "strict": Arm("strict: 1:1 units", {"objective": "simct", "units": "single"}),
     "simct": Arm("SimCT (paper)", {"objective": "simct"}),
     "escd": Arm("ESCD", {"objective": "escd"}),

@@ -14,6 +14,10 @@ from .study import Design, Rows, rates
 
 MARGIN = 0.05  # of accuracy: within it two arms are equivalent
 LEVEL = 0.05
+TESTS = (
+    16  # of CONTRASTS.md: four pairs, two contrasts, two judges. Holm's correction counts all, whatever has been run
+)
+SEEDS = 3  # with fewer nothing is decided
 JUDGES = ("accuracy", "forward_kl_per_byte")
 
 
@@ -42,6 +46,8 @@ class Contrast:
     @property
     def verdict(self) -> str:
         found = []
+        if len(self.seeds) < SEEDS:
+            return "not decided"
         if self.holm < LEVEL:
             better = (self.mean > 0) == (self.judge == "accuracy")
             found.append("better" if better else "worse")
@@ -67,7 +73,7 @@ def of_study(design: Design, rows: Rows) -> list[Contrast]:
 
 
 def best_on_policy(design: Design, rows: Rows, pair: str) -> str:
-    """The arm on the student's samples with the highest validation accuracy, each at its best rate; "" before any has one."""
+    """The arm on the student's samples with the highest validation accuracy, each at its best rate; "" before all have one."""
     found = {}
     for arm in ON_POLICY:
         rate = rates(design, rows, pair, arm)[1]
@@ -78,7 +84,8 @@ def best_on_policy(design: Design, rows: Rows, pair: str) -> str:
                 if (row["pair"], row["arm"], row["split"]) == (pair, arm, "validation")
                 and float(row["learning_rate"]) == rate
             )
-    return max(found, key=found.__getitem__, default="")
+    asked = [arm for arm in ON_POLICY if arm in design.all_arms()]
+    return max(found, key=found.__getitem__) if asked and len(found) == len(asked) else ""
 
 
 def by_seed(design: Design, rows: Rows, pair: str, arm: str, judge: str) -> dict[str, float]:
@@ -105,10 +112,10 @@ def paired(differences: Sequence[float], margin: float) -> tuple[float, float, f
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values: below a level where its step-down method rejects at that level."""
+    """Holm's adjusted p values among TESTS, or more: below a level where its step-down method rejects at that level."""
     found, largest = [0.0] * len(p), 0.0
     for place, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        largest = max(largest, min(1.0, (len(p) - place) * p[i]))
+        largest = max(largest, min(1.0, (max(len(p), TESTS) - place) * p[i]))
         found[i] = largest
     return found
 

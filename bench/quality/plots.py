@@ -15,8 +15,8 @@ from .show import title
 from .study import Design, Rows, rates
 
 SHOWN = {
-    "accuracy": ("sums right at temperature 0.6, %", 100),
-    "forward_kl_per_byte": ("forward KL, nats/byte", 1),
+    "accuracy": ("128 test sums right at 0.6, %", 100),
+    "forward_kl_per_byte": ("forward KL on them, nats/byte", 1),
     "sums_ended": ("sums that end, %", 100),
 }
 

@@ -12,10 +12,11 @@ from rich.console import Console
 
 from simct.files import replaced
 
+from .judges import TEMPERATURE
 from .results import Results
 from .runs import Data, run
 from .settings import STUDENTS, TEACHER, draw_teacher, is_made, make_model
-from .study import Design, Task, tasks
+from .study import Design, Task, data_of, tasks
 from .texts import Texts
 
 
@@ -24,7 +25,7 @@ class Study:
 
     def __init__(self, folder: Path, design: Design, texts: Texts, results: Results, console: Console) -> None:
         self.folder, self.design, self.texts, self.results, self.console = folder, design, texts, results, console
-        self.models, self.samples = folder / "models", folder / "teacher_samples.json"
+        self.models = folder / "models"
         self.made = {task for task in tasks(design, results.rows) if task.kind != "run" and self._is_made(task)}
 
     def finish(self, workers: int) -> None:
@@ -64,10 +65,9 @@ class Study:
         return None
 
     def _needs(self, task: Task) -> set[Task]:
-        return {
-            "data": {Task("teacher")},
-            "run": {Task("data"), Task("student", task.pair, task.seed)},
-        }.get(task.kind, set())
+        if task.kind == "run":
+            return {*data_of([task.key.arm]), Task("student", task.pair, task.seed)}
+        return {Task("teacher")} if task.kind == "data" else set()
 
     def _model(self, task: Task) -> tuple:
         """The arguments of `make_model`, but for the folder."""
@@ -79,33 +79,42 @@ class Study:
     def _folder(self, task: Task) -> Path:
         return self.models / ("teacher" if task.kind == "teacher" else f"{task.pair}-{task.seed}")
 
+    def _samples(self, task: Task) -> Path:
+        return self.folder / ("teacher_samples_sharp.json" if task.pair == "sharp" else "teacher_samples.json")
+
     def _is_made(self, task: Task) -> bool:
-        return self.samples.is_file() if task.kind == "data" else is_made(self._folder(task), *self._model(task))
+        return self._samples(task).is_file() if task.kind == "data" else is_made(self._folder(task), *self._model(task))
 
     def _call(self, task: Task) -> tuple:
         plan = self.design.test
         if task.kind == "data":
             return (
                 write_samples,
-                self.samples,
+                self._samples(task),
                 self.models / "teacher",
                 self.texts,
                 plan.steps * plan.prompts,
                 plan.tokens,
+                TEMPERATURE if task.pair == "sharp" else 1.0,
             )
         if task.kind != "run":
             return make_model, self._folder(task), *self._model(task)
         student = self.models / f"{task.pair}-{task.seed}"
-        return run_one, task.key, student, self.models / "teacher", self.texts, self.samples, self.design.plan(task.key)
+        samples = [self._samples(each) for each in data_of([task.key.arm])]
+        return run_one, task.key, student, self.models / "teacher", self.texts, samples, self.design.plan(task.key)
 
 
-def write_samples(path: Path, teacher: Path, texts: Texts, responses: int, tokens: int) -> None:
+def write_samples(
+    path: Path, teacher: Path, texts: Texts, responses: int, tokens: int, temperature: float = 1.0
+) -> None:
     with replaced(path) as file:
         # Half as many again: what ends within a student's budget in its tokens ends here, too.
-        json.dump(draw_teacher(teacher, texts, responses, tokens * 3 // 2), file)
+        json.dump(draw_teacher(teacher, texts, responses, tokens * 3 // 2, temperature), file)
 
 
-def run_one(key, student: Path, teacher: Path, texts: Texts, samples: Path, plan) -> list[dict]:
-    drawn = json.loads(samples.read_text())
+def run_one(key, student: Path, teacher: Path, texts: Texts, samples: list[Path], plan) -> list[dict]:
+    """`samples`: to be judged on, and those to learn from if they are others."""
+    own = json.loads(samples[-1].read_text())["train"]
+    judged = json.loads(samples[0].read_text())[key.split]
     held_out = {"validation": texts.validation, "test": texts.test}[key.split]
-    return run(key, student, teacher, Data(texts.train, held_out, drawn["train"], drawn[key.split]), plan)
+    return run(key, student, teacher, Data(texts.train, held_out, own, judged), plan)

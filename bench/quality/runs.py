@@ -49,8 +49,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Data:
-    """`train`, `held_out`: records to sample from and to be judged on. `teacher_train`, `teacher_held_out`: the teacher's samples
-    at temperature 1, records with `prompt`, `completion` and `logprob`."""
+    """`train`, `held_out`: records to sample from and to be judged on. `teacher_train`, `teacher_held_out`: the teacher's samples,
+    those to be judged on at temperature 1; records with `prompt`, `completion` and `logprob`."""
 
     train: list[dict]
     held_out: list[dict]
@@ -71,7 +71,7 @@ def run(
     started = time.perf_counter()
     arm = ARMS.get(key.arm)
     drawn = random.Random(key.seed).sample(data.teacher_train, min(plan.steps * plan.prompts, len(data.teacher_train)))
-    train = drawn if arm and arm.data == "teacher" and not arm.sft else data.train
+    train = drawn if arm and arm.data != "student" and not arm.sft else data.train
     curve: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         trainer = _trainer(key, arm, student, teacher, train, plan, scratch, {"use_cpu": device == "cpu", **options})

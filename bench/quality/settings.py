@@ -175,8 +175,10 @@ def sampled_accuracy(model, tokenizer, sums: list[dict], draws: int = 2, tokens:
     return sum(answer(text) == sums[i // draws]["answer"] for i, text in enumerate(texts)) / len(texts)
 
 
-def draw_teacher(folder: Path, texts: Texts, responses: int, tokens: int) -> dict[str, list[dict]]:
-    """The teacher's samples at temperature 1, as records with `prompt`, `completion` and its `logprob`: `train`, so many of the
+def draw_teacher(
+    folder: Path, texts: Texts, responses: int, tokens: int, temperature: float = 1.0
+) -> dict[str, list[dict]]:
+    """The teacher's samples at a temperature, as records with `prompt`, `completion` and its `logprob`: `train`, so many of the
     training prompts in turn, and `validation` and `test`, one of each prompt.
 
     Args:
@@ -193,7 +195,7 @@ def draw_teacher(folder: Path, texts: Texts, responses: int, tokens: int) -> dic
         count = responses if name == "train" else len(own)
         records = [own[i % len(own)] for i in range(count)]
         prompts = tokenizer([record["prompt"] for record in records])["input_ids"]
-        drawn = sampler.generate(prompts, Sampling((end,), end, tokens), seed=number)
+        drawn = sampler.generate(prompts, Sampling((end,), end, tokens, temperature), seed=number)
         written = tokenizer.batch_decode([r.token_ids for r in drawn], skip_special_tokens=True)
         found[name] = [
             {"prompt": record["prompt"], "completion": text, "logprob": sum(response.logprobs)}

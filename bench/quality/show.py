@@ -35,13 +35,19 @@ def cells(design: Design, rows: Rows, pair: str) -> list[list[str]]:
     for arm in ("none", *design.all_arms()):
         seeds = by_seed(design, rows, pair, arm, "accuracy")
         if seeds:
-            rate = "" if arm == "none" else f"{rates(design, rows, pair, arm)[1]:g}"
+            rate = "" if arm == "none" else _rate(design, rows, pair, arm)
             shown = []
             for judge, (_, factor, form) in JUDGES.items():
                 mean, half = interval([factor * v for v in by_seed(design, rows, pair, arm, judge).values()])
                 shown.append(f"{mean:{form}}" + (f" ± {half:{form}}" if len(seeds) > 1 else ""))
             found.append([title(arm), str(len(seeds)), rate, *shown])
     return found
+
+
+def _rate(design: Design, rows: Rows, pair: str, arm: str) -> str:
+    best = rates(design, rows, pair, arm)[1]
+    edge = len(design.ladder) > 1 and best in (design.ladder[0], design.ladder[-1])
+    return f"{best:g}" + " (edge)" * edge
 
 
 HEADINGS = ["arm", "seeds", "rate", *(name for name, _, _ in JUDGES.values())]
@@ -80,14 +86,20 @@ def write_markdown(rows: Rows, design: Design, folder: Path) -> None:
     for pair in design.pairs:
         found = cells(design, rows, pair)
         if found:
-            lines += [f"## {pair}", "", f"Test prompts, mean over seeds ± {PLUS_MINUS}:", ""]
+            lines += [
+                f"## {pair}",
+                "",
+                f"Test prompts, mean over seeds ± {PLUS_MINUS}; edge: of the grid of rates:",
+                "",
+            ]
             lines += [*markdown(HEADINGS, found), ""]
     tests = contrasts.of_study(design, rows)
     if tests:
         lines += [
             "## Contrasts",
             "",
-            f"As written down before the runs (CONTRASTS.md); Holm over these {len(tests)} tests.",
+            f"As written down before the runs (CONTRASTS.md). Holm counts {contrasts.TESTS} tests, these {len(tests)} among them; "
+            "intervals and the p of equivalence are not corrected.",
             "",
         ]
         lines += [*markdown(CONTRAST_HEADINGS, map(contrast_cells, tests)), ""]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from .arms import CORE, FIRST, FURTHER, LADDER, QUICK_ARMS
+from .arms import ARMS, CORE, FIRST, FURTHER, LADDER, QUICK_ARMS
 from .judges import Scope
 from .runs import Key, Plan
 from .settings import QUICK_SIZES, SIZES, Size
@@ -15,7 +15,7 @@ Rows = list[dict[str, Any]]
 
 
 class Task(NamedTuple):
-    """`kind`: "teacher", "data" (the teacher's samples), "student" or "run"."""
+    """`kind`: "teacher", "data" (the teacher's samples; `pair` "sharp": at the students' temperature), "student" or "run"."""
 
     kind: str
     pair: str = ""
@@ -72,7 +72,7 @@ def tasks(design: Design, rows: Rows) -> Iterator[Task]:
     for arms in design.arms:
         for pair, first, last in design.stages:
             yield Task("student", pair, 0)
-            yield Task("data")
+            yield from data_of(arms)
             for arm in arms:
                 for rate in rates(design, rows, pair, arm)[0]:
                     yield Task("run", pair, 0, Key(pair, arm, rate, 0, "validation"))
@@ -83,6 +83,12 @@ def tasks(design: Design, rows: Rows) -> Iterator[Task]:
                     best = rates(design, rows, pair, arm)[1]
                     if best is not None:
                         yield Task("run", pair, seed, Key(pair, arm, best, seed, "test"))
+
+
+def data_of(arms: Iterable[str]) -> list[Task]:
+    """The held-out samples, at temperature 1, are everybody's."""
+    sharp = any(name in ARMS and ARMS[name].data == "sharp" for name in arms)
+    return [Task("data"), *([Task("data", "sharp")] if sharp else [])]
 
 
 def rates(design: Design, rows: Rows, pair: str, arm: str) -> tuple[list[float], float | None]:

@@ -24,7 +24,7 @@ from bench.quality.results import Results
 from bench.quality.runs import Data, Key, run
 from bench.quality.sampling import LlamaSampler, draw, engine
 from bench.quality.settings import STUDENTS, TEACHER, Size, draw_teacher, is_made, make_model
-from bench.quality.study import QUICK, Design, rates, tasks
+from bench.quality.study import QUICK, Design, Task, data_of, rates, tasks
 from bench.quality.texts import answer, make_sum, make_texts
 from bench.record import REPOSITORY
 from simct import SimCTConfig, SimCTTrainer, TokenizerPair
@@ -118,6 +118,9 @@ def test_a_seed_has_all_its_arms_before_the_next():
     assert [(key.pair, key.seed) for key in found][: 7 * size : size] == stages
     assert {key.learning_rate for key in found if key.arm != "none"} == {3e-4}
     assert len(set(found)) == (6 + 3 + 6 + 3) * (1 + len(ARMS))
+    # What is learnt from is drawn before, at its own temperature.
+    assert data_of(["strict", "sft"]) == [Task("data")] and data_of(["sft-sharp"]) == [Task("data"), Task("data", "sharp")]
+    assert {Task("data"), Task("data", "sharp")} <= set(tasks(design, []))
     # Nothing is chosen yet: no test run of an arm.
     assert {task.key.arm for task in tasks(design, []) if task.key and task.key.split == "test"} == {"none"}
 
@@ -126,7 +129,7 @@ def test_contrasts_are_paired_by_seed_and_corrected():
     design = replace(Design(), stages=(("fine", 1, 6),))
     rows = [
         row("fine", arm, rate, 0, "validation", accuracy=str(best if rate == 3e-4 else 0.1))
-        for arm, best in {"sft": 0.9, "strict": 0.5, "simct": 0.6, "kd": 0.9}.items()
+        for arm, best in {"sft": 0.9, "strict": 0.5, "simct": 0.6, "escd": 0.55, "kd": 0.9}.items()
         for rate in LADDER
     ]
     levels = {"sft": 0.40, "strict": 0.50, "simct": 0.505}
@@ -155,11 +158,17 @@ def test_contrasts_are_paired_by_seed_and_corrected():
     # By hand: differences .09, .10, .11, .12; their standard error is sqrt(5/3)/2 hundredths, t(3) at 97.5 % is 3.182.
     error = 0.01 * math.sqrt(5 / 3) / 2
     assert gain.mean == pytest.approx(0.105) and gain.high - gain.mean == pytest.approx(3.1824 * error, rel=1e-4)
-    assert gain.holm == pytest.approx(4 * gain.p) and gain.verdict == "better"
+    assert gain.holm == pytest.approx(contrasts.TESTS * gain.p) and gain.verdict == "better"
+    assert replace(gain, seeds=gain.seeds[:2]).verdict == "not decided"
     same = found["SimCT - strict", "accuracy"]
     assert same.mean == pytest.approx(0.005) and same.verdict == "equivalent within ±5 points"
     assert found["SimCT - strict", "forward_kl_per_byte"].verdict == "not decided"
-    assert contrasts.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert contrasts.holm([0.001, 0.004, 0.003]) == pytest.approx([0.016, 0.056, 0.045])
+    # The best is known when all are.
+    known = [one for one in rows if (one["arm"], one["split"]) != ("escd", "validation")]
+    assert contrasts.best_on_policy(design, rows, "fine") == "simct" and not contrasts.best_on_policy(
+        design, known, "fine"
+    )
 
 
 def test_mean_with_error():
