@@ -124,13 +124,14 @@ class Layout:
     ) -> "Layout":
         """`packing`: "off", "on", or "auto": on if this model gives the same hidden states for packed sequences as for each alone.
         `autocast`: that of the run, for attention that takes 16 bits only (elsewhere the weights' own precision shows more).
-        `frozen`: no gradient is ever asked for. The model is where it will run, or brings its weights to `device`.
+        `frozen`: no gradient is ever asked for. `device`: where the model runs, if its weights wait
+        elsewhere, as those of a model to be sharded do.
 
         Raises ValueError for "on" with a model that does not (a state that runs through the whole row, learned positions, ...).
         """
         device = device or next(model.parameters()).device
         plain = cls(hidden_size=_sdpa_width(model, device))
-        if plain.hidden_size and _packing_problem(model, plain, device) is not None:
+        if plain.hidden_size and _packing_problem(model, plain) is not None:
             plain = cls()
         if packing == "off":
             return plain
@@ -141,7 +142,7 @@ class Layout:
             layouts.insert(0, cls(True, True, bounded=True, varlen=True))
         for layout in layouts:
             with autocast() if layout.one_row else nullcontext():
-                problem = _packing_problem(model, layout, device)
+                problem = _packing_problem(model, layout)
             if problem is None:
                 return layout
         if packing == "on":
@@ -170,11 +171,11 @@ class Layout:
 
 
 @torch.no_grad()
-def _packing_problem(model: nn.Module, layout: Layout, device: torch.device) -> str | None:
+def _packing_problem(model: nn.Module, layout: Layout) -> str | None:
     """What is wrong with this model's hidden states of sequences that share rows, or are filled up without a mask; None if nothing
     is."""
     prompts, responses = [[1, 2, 3], [4, 5]], [[6, 7, 8, 9], [3, 1]]
-    training = model.training
+    training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
         with attention_that_runs(model):

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from simct.rollouts.protocol import Response, RolloutEngine, Sampling
+from simct.rollouts.weights import CHECKPOINTED
 
 
 class CopiedStudent:
@@ -35,6 +36,7 @@ class CopiedStudent:
     def update_weights(self, model: PreTrainedModel) -> None:
         own = dict(self.model.named_parameters())
         for name, parameter in model.named_parameters():
+            name = name.replace(f"{CHECKPOINTED}.", "")
             if parameter is not own[name]:
                 whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
                 own[name].copy_(whole)

@@ -248,17 +248,22 @@ def colocated_from_model(
     if gpu_memory_utilization is None and torch.cuda.is_available():
         torch.cuda.empty_cache()
         coming = 0
+        # DDP's buckets, which are the gradients, are there in all phases.
+        whole = shards == 1 and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
         for parameter in model.parameters():
             if parameter.device.type == "cpu":  # sharded, and put on the devices later
                 coming += parameter.nbytes // shards
             if parameter.requires_grad:
                 coming += 8 * parameter.numel() // shards  # two moments, of Adam
+                coming += parameter.nbytes if whole else 0
         gpu_memory_utilization = memory_share(*torch.cuda.mem_get_info(), coming, sleep=sleep)
     if gpu_memory_utilization is not None:
         options["gpu_memory_utilization"] = gpu_memory_utilization
     with tempfile.TemporaryDirectory(prefix="simct-vllm-") as temporary:
         place = Path(folder if folder is not None else temporary) / "student"
-        write_model(model, tokenizer, place)
+        # In the precision that vLLM computes in: of a process for each device there are as many at once.
+        name = options.get("dtype")
+        write_model(model, tokenizer, place, dtype=getattr(torch, name) if name not in (None, "auto") else None)
         # What is compared after each change of weights must fit as well.
         length = None if max_model_len is None else max(max_model_len, PROMPT_TOKENS + NEW_TOKENS)
         engine = ColocatedVLLM(place, sleep=sleep, max_model_len=length, **options)

@@ -53,18 +53,36 @@ class NCCLTransfer:
         self._metadata: list[tuple[str, torch.dtype, tuple[int, ...]]] | None = None
         self._source, self._init = Source(), WeightTransferTrainerFactory.trainer_init
         self._info, self._engine = NCCLTrainerInitInfo, None
+        self._going: Iterator[tuple[str, torch.Tensor]] | None = None
 
     def send(self, model: PreTrainedModel) -> None:
         """Every training process must call it. RuntimeError, ConnectionError or TimeoutError if the server does not take them."""
         self.model = model
         self.metadata()  # gathers the shards once: not between the start and the end of an update
         several = torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if several else 0
-        if rank != 0:
-            self._started(rank).send_weights()
-            return
-        with self.server.paused():
-            self._started(rank).send_weights()
+        failure: list[Exception | None] = [None]
+        if several and torch.distributed.get_rank() != 0:
+            self._started(torch.distributed.get_rank()).send_weights()
+        else:
+            failure[0] = self._send()
+        if several:  # nobody asks for samples before the weights are there, and nobody waits for one who failed
+            torch.distributed.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise failure[0]
+
+    def _send(self) -> Exception | None:
+        """What went wrong, once the others have gathered all that they take part in."""
+        self._going = None
+        try:
+            if self.device.type == "cuda":  # it reads on streams of its own, which do not wait for the optimiser
+                torch.cuda.synchronize(self.device)
+            with self.server.paused():
+                self._started(0).send_weights()
+        except Exception as error:
+            for _ in self.weights() if self._going is None else self._going:
+                pass
+            return error
+        return None
 
     def _started(self, rank: int):
         if self._engine is None:
@@ -75,6 +93,10 @@ class NCCLTransfer:
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The current weights, in the precision that they travel in."""
+        self._going = self._converted()
+        return self._going
+
+    def _converted(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in checkpoint_weights(self.model):
             target = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
             yield name, tensor.to(self.device, target).contiguous()

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
+CHECKPOINTED = "_checkpoint_wrapped_module"
+
 
 def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every weight and persistent buffer of a causal language model, tied ones once.
@@ -93,7 +95,8 @@ def _tensors(module: nn.Module, prefix: str, ends: set[int]) -> Iterator[tuple[s
         if tensor is not None:
             yield prefix + name, tensor, _whole(tensor.detach())
     for name, child in module.named_children():
-        yield from _tensors(child, f"{prefix}{name}.", ends)
+        # A layer whose activations are computed again is wrapped under FSDP.
+        yield from _tensors(child, prefix if name == CHECKPOINTED else f"{prefix}{name}.", ends)
 
 
 def _adapter_kind(module: nn.Module) -> str | None:
@@ -168,10 +171,13 @@ def write_weights(
     return places
 
 
-def write_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A folder that loads as a plain model: configuration, tokenizer and the current weights, those of adapters merged."""
+def write_model(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype | None = None
+) -> None:
+    """A folder that loads as a plain model: configuration, tokenizer and the current weights, those of adapters merged. `dtype`:
+    that floating-point weights are written in; None: their own."""
     base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
-    index = {"metadata": {}, "weight_map": write_weights(checkpoint_weights(model), folder)}
+    index = {"metadata": {}, "weight_map": write_weights(checkpoint_weights(model), folder, dtype=dtype)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     config = copy.deepcopy(base.config)
     config.architectures = [type(base).__name__.removeprefix("FSDP")]  # FSDP2 renames the class

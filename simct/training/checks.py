@@ -51,6 +51,8 @@ def check_metric(name: str | None, eval_dataset) -> None:
 
 def check_run(config, train_dataset, eval_dataset) -> None:
     """What needs no model: processes, data sets, options that exclude each other, a folder to write to."""
+    if config.n_gpu > 1 and "device_map" in (config.teacher_model_init_kwargs or {}):
+        config._n_gpu = 1  # the others are the teacher's: no copies of the student on them
     if config.n_gpu > 1:
         raise ValueError(
             f"{config.n_gpu} GPUs in one process: expected one process for each (torchrun, accelerate launch)"

@@ -67,7 +67,8 @@ def numbers_of(
         chunk_rows=config.chunk_rows,
         offload_teacher=bool(_get(config, "offload_teacher", False)),
         device_type="cpu" if on_cpu else "cuda",
-        objective=_get(config, "objective", "simct"),
+        # Teachers of unlike kinds leave "auto" open: the costlier of the two.
+        objective={"auto": "escd"}.get(objective := _get(config, "objective", "simct"), objective),
         score=_get(config, "score", "mean_logprob"),
         teacher_top_k=_get(config, "teacher_top_k", 64),
         processes=processes,

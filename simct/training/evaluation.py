@@ -22,7 +22,7 @@ from simct.training import checks
 from simct.training.collector import numbered_seed
 from simct.training.metrics import ratio_with_standard_error
 from simct.training.micro_batches import split
-from simct.training.placement import shard_student
+from simct.training.placement import reshard, shard_student
 from simct.training.samples import Samples, end_probabilities, log_ratios
 
 FALLS = 0.1  # of the responses that end, and by how much of itself the forward KL rises, before a collapse is told
@@ -206,6 +206,7 @@ class Evaluation:
             self.recorder.close_window(self.state.global_step)
         shard_student(self)
         measured, self.evaluated = measure(self, dataset)
+        reshard(self.model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.recorder.start_window(self.state.global_step)
         self._warn(metrics, metric_key_prefix)

@@ -68,10 +68,12 @@ class MemoryEstimate:
     loss: int
     teacher_head: int = 0
     offload_teacher: bool = False  # all but its head is held in main memory except while it scores
+    keeps_gradients: bool = False  # from one step to the next: DDP's buckets are the gradients
 
     def phase(self, name: str) -> int:
         """The bytes held in one of `PHASES`."""
-        held = {part: getattr(self, part) for part in PHASES[name]}
+        parts = (*PHASES[name], *(["gradients"] if self.keeps_gradients else []))
+        held = {part: getattr(self, part) for part in parts}
         if self.offload_teacher and name != "teacher":
             held["teacher_weights"] = self.teacher_head  # it stays, for the loss
         return sum(held.values())
@@ -189,6 +191,7 @@ def estimate(
         loss=loss_bytes(student, teacher, rows, compute, shared_tokens, chunk_rows, device_type, objective, score),
         teacher_head=teacher_head,
         offload_teacher=offload_teacher,
+        keeps_gradients=processes > 1 and not shard_student,
     )
 
 

@@ -1,6 +1,7 @@
 """Where a run's models are, and in which precision: decided before the first step, and said where it would not work."""
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
 from simct.models.checks import check_head
@@ -45,6 +46,7 @@ def float32_masters(model: nn.Module) -> None:
 def place_student(trainer) -> PreTrainedModel:
     """The student, whole on the device of the run and checked there; one to be sharded waits in main memory."""
     attention_of_any_shape(trainer.args.device)  # the teachers' too
+    settle_processes(trainer)
     student = trainer.accelerator.unwrap_model(trainer.model)
     if not (trainer.is_fsdp_enabled or is_dispatched(student) or getattr(student, "is_quantized", False)):
         student.to(trainer.args.device)  # with bf16_full_eval the Trainer would do it where training starts
@@ -53,6 +55,29 @@ def place_student(trainer) -> PreTrainedModel:
         check_head(student, "student")
     warn_of_still_weights(student, trainer.args)
     return student
+
+
+def settle_processes(trainer) -> None:
+    """What accelerate hands to DDP and FSDP2, as a training with several forward passes a step wants it.
+
+    DDP: gradients in its buckets, not beside them once more; no buffers sent around, which nothing here trains: a forward pass that
+    is tried again would send them alone. FSDP2: what a forward pass gives stays in its precision (the loss is float32).
+    """
+    accelerator = trainer.accelerator
+    handler, plugin = accelerator.ddp_handler, getattr(accelerator.state, "fsdp_plugin", None)
+    if handler is not None:
+        handler.gradient_as_bucket_view = True
+        handler.broadcast_buffers = bool(trainer.args.ddp_broadcast_buffers)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
+
+
+def reshard(model: nn.Module) -> None:
+    """Gives back what FSDP2 keeps gathered behind a forward pass that no backward pass follows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def shard_student(trainer) -> None:

@@ -119,7 +119,7 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
             **kwargs,
         )
         student = place_student(self)
-        self.layout = Layout.of(student, args.packing, self.accelerator.autocast)
+        self.layout = Layout.of(student, args.packing, self.accelerator.autocast, device=args.device)
         place_teachers(self, teachers)
         self.scorers = {name: scorer.to(args.device) for name, scorer in scorers.items()}
         self.default_teacher, first = next(iter(self.scorers.items()))
@@ -134,12 +134,7 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
             **args.engine_options(student),
         }
         self.engine = build_engine(
-            args.rollout_engine,
-            student,
-            processing_class,
-            sharded=self.is_fsdp_enabled,
-            device=args.device,
-            **options,
+            args.rollout_engine, student, processing_class, sharded=self.is_fsdp_enabled, device=args.device, **options
         )
         self.collector = Collector(self.engine, processing_class, render, self.scorers, args, self.phase)
         self.student_prompt = render
@@ -203,6 +198,8 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         return good
 
     def _roll_out(self, given: list[list[dict[str, Any]]]) -> None:
+        for part in itertools.chain.from_iterable(inputs["parts"] for inputs in self._inputs):
+            part.teacher_rows = None  # of the last batch: memory
         streamed = not hasattr(self.train_dataset, "__len__")
         batches = [self._usable_of_stream(batch) for batch in given] if streamed else given
         times = self.args.num_generations

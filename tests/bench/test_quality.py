@@ -119,7 +119,10 @@ def test_a_seed_has_all_its_arms_before_the_next():
     assert {key.learning_rate for key in found if key.arm != "none"} == {3e-4}
     assert len(set(found)) == (6 + 3 + 6 + 3) * (1 + len(ARMS))
     # What is learnt from is drawn before, at its own temperature.
-    assert data_of(["strict", "sft"]) == [Task("data")] and data_of(["sft-sharp"]) == [Task("data"), Task("data", "sharp")]
+    assert data_of(["strict", "sft"]) == [Task("data")] and data_of(["sft-sharp"]) == [
+        Task("data"),
+        Task("data", "sharp"),
+    ]
     assert {Task("data"), Task("data", "sharp")} <= set(tasks(design, []))
     # Nothing is chosen yet: no test run of an arm.
     assert {task.key.arm for task in tasks(design, []) if task.key and task.key.split == "test"} == {"none"}

@@ -1,10 +1,14 @@
+import copy
+
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
 from simct.demo import ASSETS
+from simct.rollouts.copied import CopiedStudent
 from simct.rollouts.weights import checkpoint_weights, write_model, write_weights
 
 INPUT = torch.arange(3, 60)[None]
@@ -128,3 +132,31 @@ def test_a_written_model_loads_as_a_plain_one(demo_student, demo_tokenizers, tmp
     write_model(adapted, demo_tokenizers[0], tmp_path / "model")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     torch.testing.assert_close(logits(plain), logits(adapted), atol=1e-4, rtol=1e-4)
+
+
+def test_layers_that_are_computed_again_keep_their_names(demo_student):
+    """FSDP wraps them, and the wrapper is in the names of their parameters."""
+    expected = {name: value.clone() for name, value in checkpoint_weights(demo_student)}
+    copied = CopiedStudent(demo_student, torch.bfloat16, lambda model: None)
+    wrapped = copy.deepcopy(demo_student)
+    for i, layer in enumerate(wrapped.model.layers):
+        wrapped.model.layers[i] = checkpoint_wrapper(layer)
+    assert any("_checkpoint_wrapped_module" in name for name, _ in wrapped.named_parameters())
+    found = dict(checkpoint_weights(wrapped))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    with torch.no_grad():
+        wrapped.model.layers[0].mlp.up_proj.weight.add_(1)
+    copied.update_weights(wrapped)
+    ours, theirs = copied.model.model.layers[0].mlp.up_proj.weight, expected["model.layers.0.mlp.up_proj.weight"]
+    torch.testing.assert_close(ours, (theirs + 1).bfloat16())
+
+
+def test_a_model_is_written_in_the_precision_that_reads_it(tmp_path, demo_student, demo_tokenizers):
+    write_model(demo_student, demo_tokenizers[0], tmp_path / "half", dtype=torch.bfloat16)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").state_dict()
+    own = demo_student.state_dict()
+    assert all(
+        torch.equal(value, own[name].bfloat16()) for name, value in written.items() if "bfloat16" in str(value.dtype)
+    )
+    size = sum(file.stat().st_size for file in (tmp_path / "half").glob("*.safetensors"))
+    assert size < 0.6 * 4 * sum(p.numel() for p in demo_student.parameters())

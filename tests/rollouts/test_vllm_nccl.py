@@ -108,11 +108,43 @@ def test_the_current_weights_go_in_the_servers_precision_between_two_requests(se
 def test_the_other_processes_gather_and_say_nothing(senders, demo_student, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda objects, src: None)
     server = Server()
     transfer = NCCLTransfer(server, None)
     transfer.device = torch.device("cpu")
     transfer.send(demo_student)
     assert not server.asked and len(senders[0].sent) == 1
+
+
+def test_all_processes_hear_of_a_failure_once_all_is_gathered(senders, demo_student, monkeypatch):
+    """And of its absence: before that nobody asks the server for samples."""
+    told, gathered = [], []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda objects, src: told.append(list(objects)))
+    server = Server()
+    transfer = NCCLTransfer(server, None)
+    transfer.device = torch.device("cpu")
+    transfer.send(demo_student)
+    assert told == [[None]]
+
+    def fail():
+        gathered.append(next(iter(transfer.weights())))
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(senders[0], "send_weights", fail)
+    names, converted = [], NCCLTransfer._converted
+
+    def watched(self):
+        for name, tensor in converted(self):
+            names.append(name)
+            yield name, tensor
+
+    monkeypatch.setattr(NCCLTransfer, "_converted", watched)
+    with pytest.raises(RuntimeError, match="no network"):
+        transfer.send(demo_student)
+    assert isinstance(told[1][0], RuntimeError)
+    assert names == list(dict(checkpoint_weights(demo_student))), "the others gather all of them, once"
 
 
 def test_what_is_missing_on_this_side_is_named(senders, monkeypatch):

@@ -97,3 +97,45 @@ def test_both_processes_stop_and_go_on(programs, tmp_path, kind):
     alone = tiny_trainer(tmp_path, PROMPTS, [StopAt(1)], num_iterations=2, max_steps=4, per_device_train_batch_size=1)
     with pytest.raises(ValueError, match="processes is 1, it was 2"):
         alone.train(resume_from_checkpoint=True)
+
+
+OUT_OF_MEMORY = """
+import sys
+from pathlib import Path
+sys.path += sys.argv[2:]
+import torch
+from tiny import tiny_trainer
+
+torch.set_num_threads(1)
+root = Path(sys.argv[1])
+options = dict(max_steps=3, save_strategy="no", per_device_train_batch_size=4, optim="sgd", lr_scheduler_type="constant")
+
+
+def weights(tight):
+    trainer = tiny_trainer(root / str(tight), **options)
+    process, tried = trainer.args.process_index, []
+
+    def limit(module, given, named):
+        if module.training and tight and process == 1:
+            tried.append(named["input_ids"].numel())
+            if len(tried) % 3 == 1:  # the first of each step's passes; its two halves fit
+                raise torch.OutOfMemoryError("tried to allocate too much")
+
+    trainer.model.model.register_forward_pre_hook(limit, with_kwargs=True)
+    trainer.train()
+    handler = trainer.accelerator.ddp_handler
+    assert handler.gradient_as_bucket_view and not handler.broadcast_buffers and len(tried) == 9 * (tight and process == 1)
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+for plain, halved in zip(weights(False), weights(True), strict=True):
+    torch.testing.assert_close(halved, plain, rtol=1e-4, atol=1e-6)
+"""
+
+
+@pytest.mark.slow
+def test_one_process_without_memory_goes_in_halves(programs, tmp_path):
+    """While the other waits in the gradients' reduction: nothing may be sent around for the second try alone."""
+    script = tmp_path / "run.py"
+    script.write_text(OUT_OF_MEMORY)
+    launch(programs, [script, tmp_path, Path(__file__).parent, Path(__file__).parent.parent], tmp_path / "output", 2)

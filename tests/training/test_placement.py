@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,13 @@ from peft import LoraConfig
 from pretended_gpu import CUDA
 from test_trainer import PROMPTS, STUDENT, TEACHER, config
 from tiny import tiny_model, tiny_trainer, tokenizer
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from simct import SimCTConfig, SimCTTrainer
-from simct.training.placement import moved_share
+from simct.training.checks import check_run
+from simct.training.defaults import numbers_of
+from simct.training.memory import estimate
+from simct.training.placement import moved_share, settle_processes
 
 STILL = "the student's weights are bfloat16"
 
@@ -88,3 +93,46 @@ def test_without_an_adapter_a_student_of_16_bits_has_float32_masters(tmp_path):
     student.save_pretrained(tmp_path / "student")
     trainer = tiny_trainer(tmp_path, student=str(tmp_path / "student"), bf16=True)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+# ---- Several processes ----
+
+
+def test_what_accelerate_hands_to_ddp_and_fsdp(tmp_path):
+    """Gradients once, no buffers sent around, a loss that is not rounded to 16 bits."""
+    trainer = tiny_trainer(tmp_path)
+    handler = trainer.accelerator.ddp_handler
+    assert handler.gradient_as_bucket_view and handler.broadcast_buffers is False
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)
+    plugin = SimpleNamespace(mixed_precision_policy=policy)
+    accelerator = SimpleNamespace(ddp_handler=None, state=SimpleNamespace(fsdp_plugin=plugin))
+    settle_processes(SimpleNamespace(accelerator=accelerator, args=trainer.args))
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, None)
+
+
+def test_a_spread_teacher_has_the_other_gpus(tmp_path, monkeypatch):
+    """Without a launcher transformers counts all of them, and would copy the student to each."""
+    args = config(tmp_path, teacher_model_init_kwargs={"device_map": "auto"})
+    args._n_gpu = 4
+    check_run(args, PROMPTS, None)
+    assert args.n_gpu == 1
+    args = config(tmp_path)
+    args._n_gpu = 4
+    with pytest.raises(ValueError, match="4 GPUs in one process: expected one process for each"):
+        check_run(args, PROMPTS, None)
+
+
+def test_ddp_keeps_gradients_from_step_to_step():
+    model = tiny_model(STUDENT)
+    numbers = dict(batch_tokens=64, prompt_tokens=8, response_tokens=8, rollouts=4)
+    one, two = (estimate(model, model, **numbers, processes=n) for n in (1, 2))
+    sharded = estimate(model, model, **numbers, processes=2, shard_student=True)
+    for phase in "rollout", "teacher":
+        assert two.phase(phase) == one.phase(phase) + one.gradients
+    assert two.phase("loss") == one.phase("loss") and not sharded.keeps_gradients
+
+
+def test_teachers_of_unlike_kinds_are_counted(tmp_path):
+    """What "auto" leaves open is counted as the costlier of the two."""
+    model, args = tiny_model(STUDENT), config(tmp_path, objective="auto")
+    assert numbers_of(args, model, 8, 64)["objective"] == "escd"
