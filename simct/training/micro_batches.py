@@ -38,14 +38,14 @@ class MicroBatch:
         return [MicroBatch.build(self.samples.pick(sorted(half)), layout, self.teacher) for half in halves]
 
 
-def out_of_memory(part: MicroBatch, tried: str) -> RuntimeError:
-    """What to do about it. `tried`: what else there was no memory for."""
+def out_of_memory(part: MicroBatch, error: Exception, tried: str = "") -> RuntimeError:
+    """`error`, and what to do about it. `tried`: what else there was no memory for."""
     most = part.packed.input_ids.numel()
     fewer = max(1, most // (4 if tried else 2))
     longest = max((sample.student_length for sample in part.samples), default=0)
     return RuntimeError(
         f"out of memory with {most} tokens in a forward pass{tried}: set max_tokens_per_batch to {fewer} or less "
-        f"(longest sequence here: {longest}), gradient_checkpointing=True or offload_teacher=True"
+        f"(longest sequence here: {longest}), gradient_checkpointing=True or offload_teacher=True ({error})"
     )
 
 

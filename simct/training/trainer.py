@@ -313,7 +313,7 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
             if not is_out_of_memory(error):
                 raise
             if not self._in_forward or sharded or len(part.samples) < 2:
-                raise out_of_memory(part, "") from error
+                raise out_of_memory(part, error) from error
             message = str(error)
         # Outside of the handler: the error holds on to what was allocated.
         release_memory(self.args.device)
@@ -330,7 +330,7 @@ class SimCTTrainer(Guards, Checkpoints, ModelCards, Evaluation, Trainer):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise out_of_memory(part, ", and with half of them") from error
+            raise out_of_memory(part, error, ", and with half of them") from error
 
     def compute_loss(
         self,
