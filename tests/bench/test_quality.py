@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.quality import __main__ as study_command
-from bench.quality import contrasts, gradients, processes
+from bench.quality import contrasts, gradients, probe, processes
 from bench.quality.arms import ARMS, CORE, LADDER
 from bench.quality.judges import Judge, Scope, student_sums
 from bench.quality.means import mean_with_error
@@ -304,6 +304,12 @@ def test_quick_study(tmp_path, texts, monkeypatch):
     study_command.main(command)
     check_quick(tmp_path)
     tables = (tmp_path / "tables.md").read_text()
+    look = ["--folder", str(tmp_path), "--pair", "nested", "--rate", "1e-4", "--quick"]
+    monkeypatch.setattr(probe, "make_texts", lambda **_: texts)
+    probe.main([*look, "--set", "score=sum_logprob", "beta=0.5"])
+    probe.main(look)
+    with (tmp_path / "probes.csv").open() as file:
+        assert [row["options"] for row in csv.DictReader(file)] == ["score=sum_logprob beta=0.5", "simct"]
     shutil.rmtree(tmp_path / "models")
     (tmp_path / "tables.md").unlink()
     study_command.main([*command, "--show"])
