@@ -36,13 +36,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     design = QUICK if options.quick else Design()
     given = dict(read_option(each) for each in options.set)
-    name = " ".join(options.set) or "simct"
-    ARMS[name] = Arm(name, {"objective": "simct", **given})
-    key = Key(options.pair, name, options.rate, 0, "validation")
+    ARMS["probe"] = Arm("probe", {"objective": "simct", **given})
+    key = Key(options.pair, "probe", options.rate, 0, "validation")
     drawn = json.loads((options.folder / "teacher_samples.json").read_text())
     texts, models = make_texts(**design.prompts), options.folder / "models"
     data = Data(texts.train, texts.validation, drawn["train"], drawn["validation"])
-    row = run(key, models / f"{options.pair}-0", models / "teacher", data, design.plan(key))[0] | {"options": name}
+    row = run(key, models / f"{options.pair}-0", models / "teacher", data, design.plan(key))[0]
+    row |= {"options": " ".join(options.set)}
     path = options.folder / "probes.csv"
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:

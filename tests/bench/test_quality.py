@@ -306,10 +306,11 @@ def test_quick_study(tmp_path, texts, monkeypatch):
     tables = (tmp_path / "tables.md").read_text()
     look = ["--folder", str(tmp_path), "--pair", "nested", "--rate", "1e-4", "--quick"]
     monkeypatch.setattr(probe, "make_texts", lambda **_: texts)
+    monkeypatch.setitem(ARMS, "probe", None)
     probe.main([*look, "--set", "score=sum_logprob", "beta=0.5"])
     probe.main(look)
     with (tmp_path / "probes.csv").open() as file:
-        assert [row["options"] for row in csv.DictReader(file)] == ["score=sum_logprob beta=0.5", "simct"]
+        assert [row["options"] for row in csv.DictReader(file)] == ["score=sum_logprob beta=0.5", ""]
     shutil.rmtree(tmp_path / "models")
     (tmp_path / "tables.md").unlink()
     study_command.main([*command, "--show"])
