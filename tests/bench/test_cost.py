@@ -16,6 +16,7 @@ BOUNDS = {
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the kernels' launches are counted")
+@pytest.mark.slow
 def test_calls_stay_near_the_floor_and_never_wait(tmp_path):
     counted, predictions, note = cost.run(tmp_path, 300)
     assert not note

@@ -100,6 +100,7 @@ def test_a_kept_cache_serves_every_step(tmp_path, monkeypatch):
     assert any(not torch.equal(before[name], weight) for name, weight in weights.items())
 
 
+@pytest.mark.slow
 def test_an_adapter_on_a_quantised_student(tmp_path, tape):
     """QLoRA trains as LoRA on the weights that the 4 bits stand for, on the same responses, over steps that sample in between."""
     pytest.importorskip("bitsandbytes")

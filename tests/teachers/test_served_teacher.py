@@ -440,6 +440,7 @@ def test_a_run_with_few_log_probabilities_says_how_much_it_sees(tmp_path, url, t
         assert row["loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_outlives_a_restart_of_its_server(tmp_path, double, tokenizer_folder):
     """The server is stopped while the second step is scored, and started again when it was missed."""
     stop, answer, seen = threading.Event(), double.answer, []
