@@ -46,11 +46,12 @@ def plot_curves(rows: Rows, curves: Rows, design: Design, path: Path) -> None:
                 found = [interval(value) for value in values]
                 axis.plot(steps, [mean for mean, _ in found], color=f"C{number}", label=title(arm), lw=1.6)
                 low, high = ([mean + sign * half for mean, half in found] for sign in (-1, 1))
+                if factor == 100:  # shares
+                    low, high = ([min(100.0, max(0.0, value)) for value in band] for band in (low, high))
                 axis.fill_between(steps, low, high, color=f"C{number}", alpha=0.13, lw=0)
             axis.set_title(f"{pair}: {label}", fontsize=10)
             axis.grid(alpha=0.3)
-            if judge == "forward_kl_per_byte":
-                axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 103 if judge == "sums_ended" else None)
     for axis in axes[-1]:
         axis.set_xlabel("steps")
     handles = {
