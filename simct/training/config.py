@@ -69,7 +69,7 @@ class SimCTConfig(SimCTOptions, TrainingArguments):  # type: ignore[misc]  # bf1
     matter, and changes no result.
     """
 
-    unsaid = frozenset()  # names of what `defaults` may choose; no field
+    unsaid = frozenset[str]()  # names of what `defaults` may choose; no field
 
     def __post_init__(self) -> None:
         # There is no evaluation loss, and the reverse KL alone would choose a student that has narrowed down.
