@@ -38,19 +38,24 @@ ONE_VOCABULARY = Case("one vocabulary", LLAMA, LLAMA, LLAMA.vocabulary, 8192)
 
 def run(folder: Path, seconds: float) -> tuple[list[dict], list[dict], str]:
     """What the calls do by stage, the floors, and why something is missing. Writes a CSV file of each."""
+    note = counted_apart("bench.cost", folder, seconds)
+    return *(read(folder / f"{name}.csv") for name in ("counted", "predictions")), note
+
+
+def counted_apart(module: str, folder: Path, seconds: float) -> str:
+    """Runs `python -m MODULE FOLDER`, where launches are counted whatever Triton does in this process. Returns what went wrong."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.cost", str(folder)]
+    command = [sys.executable, "-m", module, str(folder)]
     try:
         done = subprocess.run(
             command, env=environment, cwd=record.REPOSITORY, capture_output=True, text=True, timeout=max(1.0, seconds)
         )
-        note = "" if done.returncode == 0 else f"failed: {done.stderr.strip().splitlines()[-1]}"
     except subprocess.TimeoutExpired:
-        note = "left out: no time left"
-    return *(_read(folder / f"{name}.csv") for name in ("counted", "predictions")), note
+        return "left out: no time left"
+    return "" if done.returncode == 0 else f"failed: {done.stderr.strip().splitlines()[-1]}"
 
 
-def _read(path: Path) -> list[dict]:
+def read(path: Path) -> list[dict]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:

@@ -11,6 +11,7 @@ backward pass is two forward passes, and a third with checkpointing. `shapes tha
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -30,7 +31,8 @@ from simct.rollouts.transformers_engines import StaticBatching
 
 from . import record
 from .cases import GEMMA, QWEN, make_shared
-from .cost import CEILINGS, count_linear, worked_example
+from .cost import CEILINGS, count_linear, counted_apart, worked_example
+from .cost import read as read_rows
 from .counting import Counter, Operation
 from .end2end import FIRST_PAIR
 from .suites import pair
@@ -91,11 +93,10 @@ SETTINGS = (
 )
 
 
-def run(folder: Path) -> list[dict]:
-    """The phases of each setting, and those of the step that was measured. Writes phases.csv."""
-    rows = [*predicted(), *measured()]
-    record.write(folder / "phases.csv", rows)
-    return rows
+def run(folder: Path, seconds: float) -> tuple[list[dict], str]:
+    """The phases of each setting, and those of the step that was measured, and why they are missing. Writes phases.csv."""
+    note = counted_apart("bench.step", folder, seconds)
+    return read_rows(folder / "phases.csv"), note
 
 
 def predicted() -> Iterator[dict]:
@@ -307,3 +308,8 @@ def _operations(model, new: int) -> int:
     with _Operations() as seen:  # what ends a response is a token that pads: the demo's student never writes it
         StaticBatching(model).generate([[2, 3]] * 2, Sampling((0,), 0, new, temperature=0.6, top_p=0.95), seed=0)
     return seen.count
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    record.write(Path(sys.argv[1]) / "phases.csv", [*predicted(), *measured()])
