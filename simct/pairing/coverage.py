@@ -21,11 +21,9 @@ DIGITS = "31415926535897932384"
 
 def most_digits(pair) -> tuple[int, int]:
     """Of one token of a number: in the student's tokenizer, and in the teacher's, of a `TokenizerPair`."""
-    cuts = pair.cut(DIGITS)
-    student, teacher = (
-        max((len(piece) for cut in cuts for piece in getattr(cut, side) if piece), default=0)
-        for side in ("student", "teacher")
-    )
+    ids = pair.encode_student([DIGITS])
+    pieces = pair.student_pieces(ids[0]), pair.teacher_pieces(pair.encode_teacher(ids)[0])
+    student, teacher = (max((len(piece) for piece in side if piece), default=0) for side in pieces)
     return student, teacher
 
 
