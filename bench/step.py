@@ -240,9 +240,14 @@ def _count(call: Callable[[], object], counter: Counter | None = None) -> Work:
     counter = counter or Counter(0, set())
     with torch.no_grad(), counter:
         call()
+    return _all_of(counter)
+
+
+def _all_of(counter: Counter) -> Work:
     work = Work()
     for each in counter.operations:
-        work += Work(1, each.moved, each.flops, max(each.moved / COPY, each.flops / PRODUCT))
+        seconds = max(each.moved / COPY, each.flops / PRODUCT, each.cached / CACHE)
+        work += Work(1, each.moved, each.flops, seconds)
     return work
 
 
@@ -254,9 +259,7 @@ def _loss() -> Work:
     """Of 8,192 rows, as `bench/cost.py` counts it."""
     case = pair(GEMMA, QWEN, 97_675, 8192)
     counter, _ = count_linear(case, worked_example(), make_shared(case))
-    seconds = sum(max(each.moved / COPY, each.flops / PRODUCT, each.cached / CACHE) for each in counter.operations)
-    moved, flops = (sum(getattr(each, name) for each in counter.operations) for name in ("moved", "flops"))
-    return Work(len(counter.operations), moved, flops, seconds)
+    return _all_of(counter)
 
 
 def _statistics(rows: float) -> Work:

@@ -14,9 +14,8 @@ from .study import Design, Rows, rates
 
 MARGIN = 0.05  # of accuracy: within it two arms are equivalent
 LEVEL = 0.05
-TESTS = (
-    16  # of CONTRASTS.md: four pairs, two contrasts, two judges. Holm's correction counts all, whatever has been run
-)
+# Of CONTRASTS.md: four pairs, two contrasts, two judges. Holm's correction counts all, whatever has been run.
+TESTS = 16
 SEEDS = 3  # with fewer nothing is decided
 JUDGES = ("accuracy", "forward_kl_per_byte")
 
